@@ -1,0 +1,169 @@
+"""A run's folder `outbox/<run>/`: its paths, its evidence, its environment record. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import html
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def root() -> Path:
+    """The repository when the package runs from one, else the working directory."""
+    return _PACKAGE.parent if (_PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
+
+
+def now() -> str:
+    """UTC time, ISO 8601, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and digests of every file below a folder."""
+    if path.is_dir():
+        lines = (f"{digest(file)}  {file.relative_to(path).as_posix()}\n" for file in files_below(path))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it, flushed to disk, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Strict JSON: a non-finite number is written as the string "NaN", "Infinity" or "-Infinity", never lost."""
+    return write_text(path, json.dumps(_strict(value), indent=1, sort_keys=True, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {True: "NaN"}.get(math.isnan(value), "Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class Table:
+    """Rows that show as an HTML table in a notebook and as text elsewhere."""
+
+    def __init__(self, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+        self.header, self.rows = header, rows
+
+    def _repr_html_(self) -> str:
+        def line(cells: tuple[Any, ...], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(line(row, "td") for row in self.rows)
+        return f"<table><thead>{line(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+    def __repr__(self) -> str:
+        return "\n".join("  ".join(str(cell) for cell in row) for row in [self.header, *self.rows])
+
+
+class RunFolder:
+    """`outbox/<name>/`, made when first asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.path = root() / "outbox" / name
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def __truediv__(self, relative: str) -> Path:
+        path = self.path / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def matches(self, pattern: str) -> list[Path]:
+        """Files and folders below the run that match a glob pattern, sorted."""
+        return [self.path / name for name in sorted(glob.glob(pattern, root_dir=self.path))]
+
+    def inputs(self, *patterns: str) -> Table:
+        """What a stage reads. Literal patterns only: the runner reads them from the source to know when to re-run."""
+        return self._table(patterns, "is missing: run the notebook that makes it first (its number is lower)")
+
+    def outputs(self, *patterns: str) -> Table:
+        """What a stage wrote. Literal patterns only: the runner re-runs the stage when one changed or is gone."""
+        return self._table(patterns, "was not written by this notebook")
+
+    def _table(self, patterns: tuple[str, ...], complaint: str) -> Table:
+        rows = []
+        for pattern in patterns:
+            found = self.matches(pattern)
+            if not found:
+                raise FileNotFoundError(f"outbox/{self.name}/{pattern} {complaint}")
+            for path in found:
+                files = files_below(path) if path.is_dir() else [path]
+                size = sum(file.stat().st_size for file in files)
+                name = path.relative_to(self.path).as_posix()
+                rows.append((name, len(files), f"{size:,}", digest(path)[:16]))
+        return Table(("path", "files", "bytes", "sha256"), rows)
+
+    def record(self, stage: str, **numbers: Any) -> Path:
+        """Write `evidence/<stage>.json`: the numbers the checklist checks. Call it in the acceptance section."""
+        return write_json(self / f"evidence/{stage}.json", numbers)
+
+    def evidence(self, stage: str) -> dict[str, Any]:
+        return read_json(self.path / "evidence" / f"{stage}.json")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root(), capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def environment() -> dict[str, Any]:
+    """What this machine and this checkout are: enough to tell two runs apart, no user or host name."""
+    lock = root() / "requirements.lock.txt"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    names = ("torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "papermill", "evidently", "stackpkg")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "packages": {name: metadata.version(name) for name in names},
+        "lock_sha256": digest(lock) if lock.exists() else "",
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+    }
