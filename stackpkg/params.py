@@ -141,16 +141,15 @@ class Layout(Section):
 
     processes: int = Field(2, ge=1, le=65_536, description="ranks over all nodes")
     nodes: int = Field(1, ge=1, le=8_192)
-    fsdp: int = Field(2, ge=1, description="ranks the parameters are sharded over (FSDP2)")
-    tp: int = Field(1, ge=1, le=64, description="tensor-parallel ranks")
+    fsdp: int = Field(2, ge=1, description="ranks the parameters are sharded over (FSDP2); more ranks are replicas")
+    restarts: int = Field(1, ge=0, le=100, description="times torch elastic restarts all ranks after one died")
     timeout_minutes: float = Field(20.0, gt=0, description="a launch that runs longer is stopped")
 
     @model_validator(mode="after")
-    def _product(self) -> Layout:
-        if self.processes % self.nodes:
-            raise ValueError(f"processes {self.processes} is not a multiple of nodes {self.nodes}")
-        if self.fsdp * self.tp != self.processes:
-            raise ValueError(f"fsdp x tp = {self.fsdp} x {self.tp} must equal processes = {self.processes}")
+    def _divides(self) -> Layout:
+        for name in ("nodes", "fsdp"):
+            if self.processes % getattr(self, name):
+                raise ValueError(f"processes {self.processes} is not a multiple of {name} {getattr(self, name)}")
         return self
 
 
@@ -159,7 +158,7 @@ class Evaluation(Section):
 
     rows: int = Field(16, ge=1, description="validation sequences per domain")
     pairs: int = Field(64, ge=4, description="held-out retrieval pairs")
-    k: int = Field(5, ge=1, le=100, description="precision@k, recall@k")
+    k: int = Field(1, ge=1, le=100, description="precision@k, recall@k; a mined query has one relevant document")
     min_precision_at_k: float = Field(0.75, ge=0, le=1, description="target; the curve's, not the smoke run's")
     entropy_band: tuple[float, float] = Field((0.2, 0.9), description="normalised router entropy must stay inside")
 
@@ -201,11 +200,11 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Params:
-        parts = self.layout.fsdp * self.training.accumulation
+        parts = self.layout.processes * self.training.accumulation
         if self.training.batch_rows % parts:
             raise ValueError(
                 f"training.batch_rows = {self.training.batch_rows} is not a multiple of "
-                f"layout.fsdp x training.accumulation = {parts}"
+                f"layout.processes x training.accumulation = {parts}"
             )
         return self
 

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from stackpkg import __version__
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -156,13 +158,13 @@ def environment() -> dict[str, Any]:
     """What this machine and this checkout are: enough to tell two runs apart, no user or host name."""
     lock = root() / "requirements.lock.txt"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    names = ("torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "papermill", "evidently", "stackpkg")
+    names = ("torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "papermill", "evidently")
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),
-        "packages": {name: metadata.version(name) for name in names},
+        "packages": {name: metadata.version(name) for name in names} | {"stackpkg": __version__},
         "lock_sha256": digest(lock) if lock.exists() else "",
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain")),

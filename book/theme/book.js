@@ -1,0 +1,102 @@
+"use strict";
+const root = document.documentElement, up = root.dataset.up, $ = (id) => document.getElementById(id);
+
+// light and dark
+$("theme").addEventListener("click", () => {
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  try { localStorage.setItem("theme", root.dataset.theme); } catch { /* storage is off: the choice lasts for this page */ }
+});
+
+// the list of pages on a narrow screen
+function menu(open) {
+  document.body.classList.toggle("menu", open);
+  $("menu").setAttribute("aria-expanded", open);
+}
+$("menu").addEventListener("click", () => menu(!document.body.classList.contains("menu")));
+document.querySelector("#pages [aria-current]")?.scrollIntoView({ block: "nearest" });
+
+// copy buttons
+for (const block of document.querySelectorAll(".listing")) {
+  const button = Object.assign(document.createElement("button"), { type: "button", className: "copy", textContent: "Copy" });
+  button.addEventListener("click", async () => {
+    const text = block.querySelector("code").textContent;
+    try { await navigator.clipboard.writeText(text); } catch {
+      const area = Object.assign(document.createElement("textarea"), { value: text });
+      document.body.append(area); area.select(); document.execCommand("copy"); area.remove(); button.focus();
+    }
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+  block.append(button);
+}
+
+// the section being read, in the table of contents
+const links = new Map([...document.querySelectorAll("#contents a")].map((a) => [decodeURIComponent(a.hash.slice(1)), a]));
+const heads = [...links.keys()].map($).filter(Boolean);
+function mark() {
+  const here = heads.findLast((h) => h.getBoundingClientRect().top < 120) || heads[0];
+  for (const [id, a] of links) a.classList.toggle("here", id === here?.id);
+}
+if (heads.length) { addEventListener("scroll", mark, { passive: true }); mark(); }
+
+// a link to something inside a folded block opens it
+function unfold() {
+  for (let node = $(decodeURIComponent(location.hash.slice(1))); node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;
+}
+addEventListener("hashchange", unfold); unfold();
+
+// search: the index is a script, because a page opened from a folder may not fetch
+const query = $("query"), found = $("found");
+let asked = false;
+function load() {
+  if (asked) return;
+  asked = true;
+  document.head.append(Object.assign(document.createElement("script"), { src: up + "assets/search-index.js", onload: show }));
+}
+function score(words, [title, section, , text]) {
+  let sum = 0;
+  for (const word of words) {
+    const one = 12 * title.toLowerCase().includes(word) + 8 * section.toLowerCase().includes(word) + Math.min(4, text.toLowerCase().split(word).length - 1);
+    if (!one) return 0;
+    sum += one;
+  }
+  return sum + (section ? 0 : 1);
+}
+function excerpt(text, words) {
+  const at = Math.max(0, text.toLowerCase().indexOf(words[0]) - 40);
+  const span = document.createElement("span");
+  const pattern = new RegExp(`(${words.map((w) => w.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|")})`, "gi");
+  text.slice(at, at + 160).split(pattern).forEach((part, i) => span.append(i % 2 ? Object.assign(document.createElement("mark"), { textContent: part }) : part));
+  return span;
+}
+function show() {
+  const words = query.value.toLowerCase().split(/\s+/).filter(Boolean);
+  found.replaceChildren();
+  const open = words.length > 0 && Boolean(window.bookIndex);
+  found.hidden = !open;
+  if (!open) return;
+  const hits = window.bookIndex.map((row) => [score(words, row), row]).filter(([s]) => s).sort((a, b) => b[0] - a[0]).slice(0, 12);
+  for (const [, row] of hits) {
+    const a = Object.assign(document.createElement("a"), { href: up + row[2] });
+    a.append(Object.assign(document.createElement("b"), { textContent: row[1] ? `${row[0]} › ${row[1]}` : row[0] }), excerpt(row[3], words));
+    const line = document.createElement("li");
+    line.append(a);
+    found.append(line);
+  }
+  if (!hits.length) found.append(Object.assign(document.createElement("li"), { className: "none", textContent: "Nothing found" }));
+}
+query.addEventListener("focus", load);
+query.addEventListener("input", () => { load(); show(); });
+addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input, textarea");
+  if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey) { event.preventDefault(); query.focus(); query.select(); }
+  if (event.key === "Escape") { query.value = ""; show(); menu(false); }
+  const results = [...found.querySelectorAll("a")], at = results.indexOf(document.activeElement);
+  if (event.key === "Enter" && event.target === query) results[0]?.click();
+  if (["ArrowDown", "ArrowUp"].includes(event.key) && results.length && (at >= 0 || event.target === query)) {
+    event.preventDefault();
+    (event.key === "ArrowDown" ? results[Math.min(at + 1, results.length - 1)] : results[at - 1] || query).focus();
+  }
+});
+addEventListener("click", (event) => { if (!event.target.closest("search")) found.hidden = true; });

@@ -1,0 +1,153 @@
+"""`stackpkg`: run, status, verify, sign, book, doctor."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from stackpkg import params
+from stackpkg.runs import RunFolder, root
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A training stack: run, inspect, sign, publish.")
+Folder = Annotated[Path, typer.Argument(help="a run's folder, such as outbox/smoke")]
+
+
+def _stop(message: object) -> NoReturn:
+    typer.secho(str(message), fg="red", err=True)
+    raise typer.Exit(1)
+
+
+def _profile(path: Path) -> params.Params:
+    try:
+        return params.load(path)
+    except (OSError, ValueError) as error:
+        _stop(error)
+
+
+def _folder(path: Path) -> RunFolder:
+    """The run at `path`, which must be a folder of this repository's outbox."""
+    if not path.is_dir():
+        there = sorted(found.name for found in (root() / "outbox").iterdir() if found.is_dir())
+        _stop(f"{path} is not a run's folder; runs here: {', '.join(name for name in there if name[0] != '.') or 'none'}")
+    if path.resolve().parent != root() / "outbox":
+        _stop(f"{path} is not in {root().name}/outbox")
+    return RunFolder(path.resolve().name)
+
+
+@app.command()
+def run(
+    profile: Annotated[Path, typer.Argument(help="a profile, such as params/dry_run.yaml")],
+    first: Annotated[str | None, typer.Option("--from", help="start at this notebook, by number or name")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="run this notebook alone")] = None,
+    name: Annotated[str | None, typer.Option("--run", help="folder under outbox/ instead of the profile's")] = None,
+    force: Annotated[bool, typer.Option("--force", help="run stages even when nothing changed")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why, run nothing")] = False,
+) -> None:
+    """Execute the notebooks of a profile in order; skip what has not changed; seal the run."""
+    p = _profile(profile)
+    try:
+        p = params.validate(p.model_dump() | {"run": name or p.run})
+        from stackpkg import pipeline
+
+        sealed = pipeline.run(p, sys.stdout, first=first, only=only, force=force, dry_run=dry_run)
+    except KeyboardInterrupt:
+        _stop("interrupted; run the same command again to go on where it stopped")
+    except Exception as error:
+        _stop(f"{error}\n\nThe executed notebook is kept in outbox/{p.run}/nb/. The same command goes on at the failed stage.")
+    if sealed:
+        typer.echo(f"sealed outbox/{p.run}, manifest {sealed['manifest_sha256'][:16]}")
+        typer.secho(sealed["notice"], fg="yellow", bold=True)
+        typer.echo("\n".join(sealed["problems"]))
+
+
+@app.command()
+def status(path: Folder) -> None:
+    """Stages, checklist and sign-offs of a run."""
+    from stackpkg import pipeline
+    from stackpkg.governance import checklist, seal
+
+    folder = _folder(path)
+    for stage in pipeline.stages():
+        lock = pipeline.lock_of(folder, stage.name)
+        typer.echo(f"{stage.name:<26} {lock['state']:<9} {lock.get('seconds', ''):>7}  {lock.get('error', '')[:100]}")
+    items = checklist.read(folder)
+    typer.echo(f"\n{checklist.board(items)}" if items else "\nno checklist yet: 90_sign_off writes it")
+    signers, demonstration = seal.signers_for(folder.path)
+    found = seal.verify(folder.path, signers)
+    typer.echo(f"\nsign-offs: {found[0] if found else seal.LOUD if demonstration else 'valid'}")
+
+
+@app.command()
+def verify(
+    path: Folder,
+    signers: Annotated[Path | None, typer.Option(help="allowed signers; default governance/allowed_signers")] = None,
+) -> None:
+    """Prove that no byte of the archive changed and that every role signed it; names each file that fails."""
+    from stackpkg.governance import seal
+
+    default, demonstration = seal.signers_for(path)
+    found = seal.verify(path, signers or default)
+    if found:
+        _stop("\n".join([*found, f"NOT VERIFIED: {len(found)} problem(s)"]))
+    if demonstration and not signers:
+        typer.secho(seal.LOUD, fg="yellow", bold=True)
+    typer.secho("VERIFIED", fg="green")
+
+
+@app.command()
+def sign(
+    path: Folder,
+    role: Annotated[str, typer.Option(help="architecture, infrastructure or safety")],
+    key: Annotated[Path, typer.Option(help="private SSH key of the reviewer")],
+    reviewer: Annotated[str, typer.Option(help="the reviewer's name in governance/allowed_signers")],
+    decision: Annotated[str, typer.Option(help="approve, approve-with-conditions or reject")] = "approve",
+    condition: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+) -> None:
+    """Sign the sealed run for one role."""
+    from stackpkg.governance import seal
+
+    try:
+        written = seal.sign(_folder(path).path, role, key, reviewer, decision, tuple(condition or ()))
+    except (OSError, ValueError, RuntimeError) as error:
+        _stop(error)
+    typer.echo(f"wrote {written.name} and {written.name}.sig")
+
+
+@app.command()
+def book(path: Folder) -> None:
+    """Build the book of a run: opens from its folder, needs no server and no network."""
+    from stackpkg import book as books
+
+    try:
+        index = books.build(_folder(path).name)
+    except (OSError, ValueError, RuntimeError) as error:
+        _stop(error)
+    typer.echo(f"the book: {index.relative_to(root())}")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has for the stack, and how to get what is missing."""
+    needed = {"git": "git", "ssh-keygen": "openssh-client"}
+    optional = {"chromium": "chromium (browser test)", "promtool": "prometheus (checks the alert rules)"}
+    failed = sys.version_info[:2] != (3, 11)
+    typer.echo(f"{'FAIL' if failed else 'ok':<5} Python {sys.version.split()[0]} (3.11 is tested)")
+    for module in ("torch", "transformers", "papermill", "evidently", "jupyter_book"):
+        found = importlib.util.find_spec(module) is not None
+        failed |= not found
+        typer.echo(f"{'ok' if found else 'FAIL':<5} package {module}" + ("" if found else ": run `make env`"))
+    for program, package in (needed | optional).items():
+        found = shutil.which(program) is not None
+        failed |= not found and program in needed
+        word = "ok" if found else "FAIL" if program in needed else "--"
+        typer.echo(f"{word:<5} program {program}" + ("" if found else f": install {package}"))
+    free = shutil.disk_usage(root()).free / 2**30
+    failed |= free < 5
+    typer.echo(f"{'ok' if free >= 5 else 'FAIL':<5} {free:.0f} GiB free (5 are needed)")
+    if failed:
+        raise typer.Exit(1)

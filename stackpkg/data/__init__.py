@@ -1,0 +1,1 @@
+"""From text to batches: records with provenance, filters, dedup, mixture, token shards, curriculum, stream."""

@@ -1,0 +1,116 @@
+"""What is measured on held-out data at the end of each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stackpkg.data.stream import Stream
+from stackpkg.model.retrieval import embed
+from stackpkg.params import Params
+from stackpkg.telemetry.probes import normalised_entropy
+
+
+def ranking(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, float]:
+    """Precision@k, recall@k and mean reciprocal rank; `scores` float [queries, documents], `relevant` bool, same shape.
+
+    Manning, Raghavan and Schuetze 2008, chapter 8. Ties count against the system: a relevant document ranks below
+    every other of equal score, so constant scores can't look good. Every query needs a relevant document.
+    """
+    if not relevant.any(1).all():
+        raise ValueError("every query needs at least one relevant document")
+    order = np.lexsort((relevant, -scores), axis=1)
+    hits = np.take_along_axis(relevant, order, 1)
+    return {
+        f"precision_at_{k}": float(hits[:, :k].mean()),
+        f"recall_at_{k}": float((hits[:, :k].sum(1) / relevant.sum(1)).mean()),
+        "mrr": float((1 / (hits.argmax(1) + 1)).mean()),
+    }
+
+
+def _stack(rows: list[dict[str, np.ndarray]], name: str, device: torch.device) -> Tensor:
+    return torch.as_tensor(np.stack([row[name] for row in rows]), device=device)
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, rows: list[dict[str, np.ndarray]], device: torch.device, moe: bool) -> dict[str, Any]:
+    """Summed next-token loss and correct predictions over labelled positions of `rows`, and the router's logits."""
+    labels = _stack(rows, "labels", device)[:, 1:]
+    outputs = model(
+        input_ids=_stack(rows, "input_ids", device), **({"output_router_logits": True} if moe else {})
+    )
+    logits = outputs.logits[:, :-1].float()
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    answers = _stack(rows, "answer_mask", device)[:, 1:] & (labels >= 0)
+    right = (logits.argmax(-1) == labels) & answers
+    return {
+        "loss": float(losses.sum()),
+        "tokens": int((labels >= 0).sum()),
+        "answers": int(answers.sum()),
+        "right": int(right.sum()),
+        "router": [layer.float() for layer in outputs.get("router_logits") or ()],
+    }
+
+
+def _mean_loss(model: nn.Module, batches: dict[str, list], device: torch.device, moe: bool) -> dict[str, float]:
+    parts = {name: _losses(model, rows, device, moe) for name, rows in batches.items()}
+    return {name: part["loss"] / max(1, part["tokens"]) for name, part in parts.items()}
+
+
+def router_balance(logits: list[Tensor], top_k: int) -> list[dict[str, Any]]:
+    """Per layer: share of the choices each expert got (sums to 1), and the mean normalised gate entropy."""
+    layers = []
+    for layer in logits:
+        chosen = layer.topk(top_k, -1).indices.flatten()
+        usage = torch.bincount(chosen, minlength=layer.shape[-1]).float() / chosen.numel()
+        layers.append({"usage": usage.tolist(), "entropy": float(normalised_entropy(layer.softmax(-1)).mean())})
+    return layers
+
+
+@torch.no_grad()
+def evaluate_epoch(
+    model: nn.Module,
+    stream: Stream,
+    p: Params,
+    device: torch.device,
+    averaged: Callable[[], AbstractContextManager[None]],
+) -> dict[str, Any]:
+    """One report: loss per domain (nats per token), raw and with averaged weights, retrieval, routing, long range.
+
+    Every rank evaluates the same rows, so that sharded parameters are gathered equally often on all of them.
+    """
+    model.eval()
+    moe = bool(getattr(model.config, "num_experts", 0) or getattr(model.config, "num_local_experts", 0))
+    rows = {name: stream.validation(name, p.evaluation.rows) for name in stream.domains}
+    parts = {name: _losses(model, batch, device, moe) for name, batch in rows.items()}
+    far = _losses(model, stream.long_range_rows(p.evaluation.rows), device, moe)
+    pairs = stream.validation_pairs(p.evaluation.pairs)
+    query, document = (
+        embed(model, torch.as_tensor(pairs[name], device=device), stream.pad_id).float().cpu().numpy()
+        for name in ("query_ids", "positive_ids")
+    )
+    retrieval = ranking(query @ document.T, pairs["pair_key"][:, None] == pairs["pair_key"][None], p.evaluation.k)
+    with averaged():
+        ema = _mean_loss(model, rows, device, moe)
+    layers = [torch.cat(layer) for layer in zip(*(part["router"] for part in parts.values()), strict=True)]
+    balance = router_balance(layers, getattr(model.config, "num_experts_per_tok", 1)) if layers else []
+    model.train()
+    losses = {name: part["loss"] / max(1, part["tokens"]) for name, part in parts.items()}
+    return {
+        "validation_loss": float(np.mean(list(losses.values()))),
+        "validation_loss_by_domain": losses,
+        "ema_validation_loss": float(np.mean(list(ema.values()))),
+        "k": p.evaluation.k,
+        "precision_at_k": retrieval.pop(f"precision_at_{p.evaluation.k}"),
+        "recall_at_k": retrieval.pop(f"recall_at_{p.evaluation.k}"),
+        **retrieval,
+        "pairs": len(query),
+        "long_range_accuracy": far["right"] / max(1, far["answers"]),
+        "long_range_answers": far["answers"],
+        "router": balance,
+    }

@@ -1,0 +1,84 @@
+"""Configuration of the reference model, with the plans that spread it over tensor, expert and data ranks."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class StackConfig(PreTrainedConfig):
+    """Sizes of a decoder with window attention, block summaries, optional retrieval and a mixture of experts.
+
+    A dense feed-forward network is `num_experts = num_experts_per_tok = 1`. Raises `ValueError` where sizes clash.
+    """
+
+    model_type = "stackpkg"
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {
+        **{f"layers.*.{tier}_attn.{name}_proj": "colwise" for tier in ("self", "cross") for name in "qkv"},
+        **{f"layers.*.{tier}_attn.o_proj": "rowwise" for tier in ("self", "cross")},
+        **{f"layers.*.{tier}_norm": "replicated_with_grad_allreduce"
+           for tier in ("self_attn.q", "self_attn.k", "cross_attn.q", "cross_attn.k")},
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }  # fmt: skip
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {
+        **{f"layers.*.mlp.experts.{name}_proj": "grouped_gemm" for name in ("gate_up", "down")},
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 4096
+    hidden_size: int = 4096
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    moe_intermediate_size: int = 12288  # 3 x hidden_size
+    num_experts: int = 64
+    num_experts_per_tok: int = 2
+    gate_temperature: float = 1.0  # router logits are divided by it
+    sliding_window: int = 512  # tokens a query sees exactly, itself included; also the chunk of the KV codec
+    block_size: int = 128  # tokens pooled together once the block is finished
+    summaries_per_block: int = 2
+    rope_theta: float = 1e6
+    rope_alpha: float = 0.75  # trained length / served length; below 1 extends the context
+    retrieval: bool = False  # cross-attention over `memory` on odd layers
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = False
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if (
+            self.num_attention_heads % self.num_key_value_heads
+            or self.block_size % self.summaries_per_block
+            or self.block_size > self.sliding_window  # an unfinished block would be out of sight
+            or not 1 <= self.num_experts_per_tok <= self.num_experts
+            or not 0 < self.rope_alpha <= 1
+        ):
+            raise ValueError(
+                "num_attention_heads must be a multiple of num_key_value_heads, block_size of summaries_per_block and "
+                f"at most sliding_window, num_experts_per_tok in 1..num_experts, rope_alpha in (0, 1]; given {self}"
+            )
+
+
+def checked(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
+    """`config_class(**values)`. Raises `ValueError` with the nearest name for a key that the class does not define
+    (transformers keeps such keys in silence) and for a value it refuses.
+    """
+    declared = [field.name for field in dataclasses.fields(config_class)]
+    names = [*declared, *config_class.attribute_map, "head_dim"]  # the last is read by some that do not declare it
+    for key in set(values) - set(names):
+        near = difflib.get_close_matches(key, names, 1, 0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"model.config.{key}: unknown key of {config_class.__name__}; {hint}allowed: {names}")
+    try:
+        return config_class(**values)
+    except Exception as error:  # strict dataclasses raise their own family of exceptions
+        raise ValueError(f"model.config is not a valid {config_class.__name__}: {error}") from error

@@ -1,0 +1,157 @@
+"""The reference model as an ordinary model of transformers, and `build`, which makes any model a profile names."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from stackpkg import params
+from stackpkg.model.attention import CrossAttention, SelfAttention, rotary, visible_keys
+from stackpkg.model.configuration import StackConfig, checked
+from stackpkg.model.experts import Experts, MixtureOfExperts, Router
+
+
+@dataclass
+class StackOutput(MoeCausalLMOutputWithPast):
+    """The usual output, plus one dictionary of attention statistics a layer when they were asked for."""
+
+    attention_statistics: tuple[dict[str, Tensor], ...] | None = None
+
+
+class StackLayer(GradientCheckpointingLayer):
+    """x + attention(norm x), + cross-attention to `memory` on odd layers, + experts(norm x)."""
+
+    def __init__(self, config: StackConfig, index: int) -> None:
+        super().__init__()
+        norm = (config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(*norm), nn.RMSNorm(*norm)
+        self.self_attn, self.mlp = SelfAttention(config), MixtureOfExperts(config)
+        self.reads_memory = config.retrieval and index % 2 == 1
+        if self.reads_memory:
+            self.cross_norm, self.cross_attn = nn.RMSNorm(*norm), CrossAttention(config)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, **shared: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), **shared)[0]
+        if self.reads_memory and memory is not None:
+            x = x + self.cross_attn(self.cross_norm(x), memory)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class StackPreTrainedModel(PreTrainedModel):
+    config: StackConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StackLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _can_set_experts_implementation_cached_value = True  # transformers looks for the decorator in this file alone
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(Router, index=0),
+        "hidden_states": StackLayer,
+        "attention_statistics": OutputRecorder(SelfAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Experts, Router)):
+            for weight in module.parameters():
+                init.normal_(weight, 0.0, self.config.initializer_range)
+
+
+class StackModel(StackPreTrainedModel):
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([StackLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, memory: Tensor | None = None,
+        output_attention_statistics: bool = False, **_: Any,
+    ) -> MoeModelOutputWithPast:  # fmt: skip
+        """`input_ids` [b, L] or `inputs_embeds` [b, L, hidden]; `memory` [b, n, hidden]. No cache: every call computes
+        all positions. `attention_mask` [b, L] is only checked: what is padded on the right is never seen by the rest.
+        """
+        if attention_mask is not None and not attention_mask[:, 0].all():
+            raise ValueError("this model needs padding on the right; set tokenizer.padding_side = 'right'")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        rotation, visible = rotary(self.config, position_ids, x.dtype), visible_keys(self.config, x.shape[1], x.device)
+        for layer in self.layers:
+            x = layer(x, memory, rotation=rotation, visible=visible, measure=output_attention_statistics)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(x))
+
+
+class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
+    """Decoder with a language-modelling head. `from_pretrained(..., distributed_config=...)` spreads it."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__(config)
+        self.model = StackModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        logits_to_keep: int = 0, num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+    ) -> StackOutput:  # fmt: skip
+        """Logits [b, L, vocab], or of the last `logits_to_keep` positions; with `labels` the next-token loss."""
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:].contiguous())  # DTensor needs it
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        recorded = {name: out.get(name) for name in self._can_record_outputs}
+        return StackOutput(loss=loss, logits=logits, **recorded)
+
+
+@torch.no_grad()
+def attention_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+    """One forward that measures attention: `entropy` and `masked_edge_share` [layers, heads], both in [0, 1], and
+    `kv_ratio`, `kv_error`, `kv_distortion` [layers]. Every rank must call it; a tensor-parallel rank gets its heads.
+    Empty for a model other than the reference model.
+    """
+    if not isinstance(model, StackForCausalLM):
+        return {}
+    layers = model(input_ids=input_ids, output_attention_statistics=True, logits_to_keep=1).attention_statistics
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def build(model: params.Model, vocab_size: int, pad_token_id: int, seed: int) -> PreTrainedModel:
+    """The causal language model a profile asks for, in fp32, its weights drawn from `seed`.
+
+    Stock auxiliary losses are switched off: their size grows with accumulation and ranks (`objectives` has ours).
+    Raises `ValueError` for an unknown architecture, an unknown key, or a vocabulary smaller than the tokenizer's.
+    """
+    values = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, **model.config}
+    kind = StackConfig.model_type if model.kind == "stack" else values.pop("model_type", "")
+    if model.name_or_path:
+        config = AutoConfig.from_pretrained(model.name_or_path, **model.config)
+    else:
+        config = checked(type(AutoConfig.for_model(kind)), values)
+    if config.vocab_size < vocab_size:
+        raise ValueError(f"the model's vocab_size {config.vocab_size} is below the tokenizer's {vocab_size}")
+    if "router_aux_loss_coef" in config.to_dict():
+        config.router_aux_loss_coef = 0.0
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if model.name_or_path:
+            return AutoModelForCausalLM.from_pretrained(model.name_or_path, config=config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,0 +1,85 @@
+"""The terms of the training loss. Each returns a sum over its units (tokens, rows, positions), never a mean:
+the composer divides by the units of the whole optimiser step, so sums over micro-batches and ranks are exact.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross-entropy of each position, nats. logits [b, L, vocab], labels [b, L], -100 where not trained
+    -> [b, L]; entry t is the loss of label t + 1, and 0 where there is none.
+    """
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    # l_t = -log softmax(z_t)[y_(t+1)]
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), reduction="none", ignore_index=-100)
+    return flat.view_as(labels)
+
+
+def long_range(tokens: Tensor, answer_mask: Tensor) -> Tensor:
+    """Sum of `token_losses` over answers that need what lies outside the window (recall: Zoology, arXiv 2312.04927).
+
+    `answer_mask` [b, L] is aligned with the labels, true where the label is an answer token.
+    """
+    # sum_t l_t 1[y_(t+1) is an answer]
+    return (tokens[:, :-1] * answer_mask[:, 1:]).sum()
+
+
+def info_nce(
+    query: Tensor, positive: Tensor, negatives: Tensor, pair_key: Tensor, tau: float, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Sum over rows of InfoNCE (van den Oord et al., arXiv 1807.03748; in-batch negatives: DPR, arXiv 2004.04906).
+
+    query, positive [rows, hidden], negatives [rows, H, hidden], all L2-normalised; pair_key [rows]. A row's negatives
+    are its own H hard ones and the positives of every row of this micro-batch on all ranks of `group`, gathered with
+    gradient; those with the row's own key are masked. Ranks must hold equally many rows. The loss is additive over
+    ranks. It is NOT additive over accumulation: a split micro-batch has fewer negatives, hence another loss.
+    """
+    documents, keys, first = positive, pair_key, 0
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        documents = torch.cat(all_gather(positive, group))
+        gathered = [torch.empty_like(pair_key) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, pair_key, group)
+        keys, first = torch.cat(gathered), dist.get_rank(group) * len(query)
+    target = first + torch.arange(len(query), device=query.device)
+    scores = query @ documents.T / tau
+    same = pair_key[:, None] == keys[None, :]
+    same[torch.arange(len(query)), target] = False
+    hard = torch.einsum("rd,rhd->rh", query, negatives) / tau
+    scores = torch.cat((scores.masked_fill(same, -torch.inf), hard), 1)
+    # -log [ e^(q.d+/tau) / ( sum_j e^(q.d_j/tau) + sum_h e^(q.n_h/tau) ) ]
+    return F.cross_entropy(scores.float(), target, reduction="sum")
+
+
+def balance_divergence(usage: Tensor) -> Tensor:
+    """KL from uniform of each layer's running usage u [layers, experts], in nats -> [layers]; 0 when balanced,
+    log E when one expert takes all. Per layer: a mean over layers first would hide layers that collapse apart.
+    """
+    # KL(u || uniform) = sum_e u_e log(E u_e)
+    return torch.special.xlogy(usage, usage * usage.shape[-1]).sum(-1)
+
+
+def load_balance(gate: Tensor, usage: Tensor) -> Tensor:
+    """Sum over positions of one layer's balance penalty. gate [positions, experts] softmax, usage [experts] detached.
+
+    The gradient is that of KL(u || uniform) through u (constant terms drop out since gates sum to 1): one
+    mirror-descent step on the usage (Beck & Teboulle 2003). Counts of the whole step as in arXiv 2501.11873. With u
+    fixed during a step the penalty is linear in the tokens, so it is exactly additive. Experts unused so far are
+    held at 1e-4 to keep the logarithm finite.
+    """
+    # sum_x sum_e sg[log(E u_e)] p_e(x)
+    return (gate @ (usage.detach().clamp_min(1e-4) * usage.shape[-1]).log()).sum()
+
+
+def gate_entropy(gate: Tensor, target: float) -> Tensor:
+    """Sum over positions of the squared distance of one layer's normalised gate entropy to `target` in [0, 1]."""
+    # h(x) = -sum_e p_e log p_e / log E ;  sum_x (h(x) - h*)^2
+    entropy = torch.special.entr(gate.clamp_min(1e-9)).sum(-1) / math.log(gate.shape[-1])
+    return (entropy - target).square().sum()

@@ -1,0 +1,264 @@
+"""Runs the notebooks of a profile in order through papermill into `outbox/<run>/`.
+
+A stage is skipped when its code cells, the parameters it declares, its inputs, its outputs and the package sources it
+uses are what they were when it last ended well. Prose, timestamps and papermill's own metadata decide nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TextIO
+
+import nbformat
+import yaml
+
+from stackpkg.governance.seal import finish
+from stackpkg.params import Params, assigned
+from stackpkg.runs import RunFolder, digest, environment, now, read_json, root, write_json, write_text
+
+SOURCE = re.compile(r"(params|book|governance)/[\w./-]+")
+MODULE = re.compile(r"stackpkg(\.\w+)*")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook, as far as its source tells without running it."""
+
+    name: str
+    path: Path
+    code: str
+    parameters: frozenset[str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Stage:
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        code = "\n".join(cell.source for cell in cells)
+        names = frozenset(name for source in tagged for name in assigned(source))
+        return cls(path.stem, path, code, names, _patterns(code, "inputs"), _patterns(code, "outputs"))
+
+
+def _patterns(code: str, method: str) -> tuple[str, ...]:
+    """The literal arguments of every `folder.inputs(...)` or `folder.outputs(...)` call."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    calls = [node for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr == method]
+    return tuple(ast.literal_eval(argument) for node in calls for argument in node.args)
+
+
+def stages() -> list[Stage]:
+    return [Stage.read(path) for path in sorted((root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+
+
+@cache
+def _uses(code: str) -> frozenset[Path]:
+    """Package files that `code` imports or names, and repository files it names, without following them further."""
+    names: set[str] = set()
+    files: set[Path] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if MODULE.fullmatch(node.value):
+                names.add(node.value)
+            elif SOURCE.fullmatch(node.value) and (root() / node.value).exists():
+                files.add(root() / node.value)
+    package = Path(__file__).parent
+    for name in names:
+        if MODULE.fullmatch(name):
+            parts = name.split(".")[1:]
+            parents = [package.joinpath(*parts[:n], "__init__.py") for n in range(len(parts) + 1)]
+            files |= {path for path in (*parents, package.joinpath(*parts).with_suffix(".py")) if path.is_file()}
+    return frozenset(files)
+
+
+def sources(code: str) -> list[Path]:
+    """Every package source and repository file that `code` reaches, through any number of imports."""
+    found: set[Path] = set()
+    waiting = set(_uses(code))
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        if path.suffix == ".py":
+            waiting |= _uses(path.read_text(encoding="utf-8")) - found
+    return sorted(found)
+
+
+def key(stage: Stage, p: Params, folder: RunFolder) -> str:
+    """Digest of everything that decides what the stage computes."""
+    values = p.model_dump(mode="json")
+    parts = {
+        "code": stage.code,
+        "parameters": {name: values[name] for name in sorted(stage.parameters)},
+        "sources": {path.relative_to(root()).as_posix(): digest(path) for path in sources(stage.code)},
+        "inputs": _digests(folder, stage.inputs),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: RunFolder, patterns: tuple[str, ...]) -> dict[str, str]:
+    paths = (path for pattern in patterns for path in folder.matches(pattern))
+    return {path.relative_to(folder.path).as_posix(): digest(path) for path in paths}
+
+
+def lock_of(folder: RunFolder, stage: str) -> dict[str, Any]:
+    path = folder.path / "lock" / f"{stage}.json"
+    return read_json(path) if path.exists() else {"stage": stage, "state": "never ran"}
+
+
+def reason_to_run(stage: Stage, p: Params, folder: RunFolder) -> str:
+    """Why the stage must run; empty when what it left is still valid."""
+    lock = lock_of(folder, stage.name)
+    if lock["state"] != "ok":
+        return {"running": "was cut off", "failed": "failed before"}.get(lock["state"], lock["state"])
+    if not (folder.path / "nb" / f"{stage.name}.ipynb").exists():
+        return "its executed notebook is gone"
+    if lock["key"] != key(stage, p, folder):
+        return "code, parameters, inputs or package changed"
+    return "" if lock["outputs"] == _digests(folder, stage.outputs) else "its outputs changed or are gone"
+
+
+@contextmanager
+def exclusive(name: str) -> Iterator[None]:
+    """Hold the run `name`; raises `RuntimeError` when another process holds it. The kernel frees it at death."""
+    path = root() / "outbox" / ".locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            holder = stream.read() or "unknown"
+            raise RuntimeError(
+                f"run {name!r} is being executed by process {holder}; wait for it, stop it, or give another --run"
+            ) from None
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+class _Progress:
+    """Passes on the lines that report progress (they start with a bracket) and drops the rest of a cell's output."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.rest = stream, ""
+
+    def write(self, text: str) -> None:
+        *lines, self.rest = (self.rest + text).split("\n")
+        self.stream.writelines(f"      {line}\n" for line in lines if line.startswith("["))
+        self.stream.flush()
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def execute(stage: Stage, p: Params, folder: RunFolder, stream: TextIO) -> dict[str, Any]:
+    """Run one notebook; its record goes to `lock/<stage>.json` whatever happens, the executed copy is kept.
+
+    The record is ours because papermill's metadata calls a timeout or a dead kernel completed (papermill 2.7).
+    """
+    import papermill  # a second of imports that `status` and a run with nothing to do need not pay
+    from traitlets.config import Config
+
+    values = p.model_dump(mode="json")
+    output = folder / f"nb/{stage.name}.ipynb"
+    record = {"stage": stage.name, "state": "running", "started": now(), "pid": os.getpid()}
+    record["key"] = key(stage, p, folder)
+    lock = folder / f"lock/{stage.name}.json"
+    write_json(lock, record)
+    start = time.monotonic()
+    encrypted = {"transport_encryption": "auto"}
+    try:
+        papermill.execute_notebook(
+            stage.path,
+            output,
+            {name: values[name] for name in sorted(stage.parameters)},
+            kernel_name="python3",
+            progress_bar=False,
+            coalesce_streams=True,
+            cwd=str(root()),
+            stdout_file=_Progress(stream),
+            config=Config({"KernelManager": encrypted, "AsyncKernelManager": encrypted}),
+        )
+        record |= {"state": "ok", "outputs": _digests(folder, stage.outputs)}
+    except BaseException as error:
+        record |= {"state": "failed", "error": f"{type(error).__name__}: {error}"[-4000:]}
+        raise
+    finally:
+        if output.exists():
+            _scrub(output, stage.path)
+        del record["pid"]
+        write_json(lock, record | {"seconds": round(time.monotonic() - start, 1)})
+    return record
+
+
+def _scrub(output: Path, source: Path) -> None:
+    """Paths of this machine out of papermill's metadata: the archive is read elsewhere."""
+    notebook = nbformat.read(output, as_version=4)
+    notebook.metadata["papermill"] |= {"input_path": source.name, "output_path": output.name}
+    write_text(output, nbformat.writes(notebook) + "\n")
+
+
+def select(first: str | None, only: str | None) -> list[Stage]:
+    """The stages from `first` on, or `only` one; both by number or name. Raises `ValueError` for an unknown one."""
+    known = stages()
+    for wanted in filter(None, (first, only)):
+        if not any(stage.name.startswith(wanted) for stage in known):
+            raise ValueError(f"no notebook starts with {wanted!r}; there are: {', '.join(s.name for s in known)}")
+    if only:
+        return [stage for stage in known if stage.name.startswith(only)]
+    start = next((i for i, stage in enumerate(known) if first and stage.name.startswith(first)), 0)
+    return known[start:]
+
+
+def run(
+    p: Params,
+    stream: TextIO,
+    *,
+    first: str | None = None,
+    only: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """Execute what must be; after the last stage seal the run. Returns the seal's summary, None if nothing was sealed.
+
+    Raises what a notebook raised, after keeping its executed copy and its record.
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    chosen = select(first, only)
+    folder = RunFolder(p.run)
+    with exclusive(p.run):
+        executed = False
+        for number, stage in enumerate(chosen, 1):
+            why = "forced" if force else reason_to_run(stage, p, folder)
+            head = f"[{number:>2}/{len(chosen)}] {stage.name:<26}"
+            if dry_run or not why:
+                stream.write(f"{head} {'would run: ' + why if why else 'unchanged'}\n")
+                continue
+            stream.write(f"{head} runs: {why}\n")
+            stream.flush()
+            if not executed:
+                write_text(folder / "config/params.yaml", yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
+                write_json(folder / "config/environment.json", environment())
+                executed = True
+            record = execute(stage, p, folder, stream)
+            done = read_json(folder.path / "lock" / f"{stage.name}.json")
+            stream.write(f"{'':8}{record['state']} in {done['seconds']:.1f} s\n")
+        if dry_run or any(lock_of(folder, stage.name)["state"] != "ok" for stage in stages()):
+            return None
+        return finish(folder, p)

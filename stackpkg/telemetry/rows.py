@@ -1,0 +1,77 @@
+"""One row per step and rank, keyed (run, attempt, rank, step): append-only JSONL while training, Parquet after.
+
+Non-finite values are kept as they are: a NaN that telemetry hides can't raise an alert.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stackpkg.runs import replacing
+
+KEY = ["run", "attempt", "rank", "step"]
+FLUSH_ROWS = 8
+
+
+class RowWriter:
+    """Appends rows of one rank and attempt; flushed in blocks, at every checkpoint and at the end."""
+
+    def __init__(self, folder: Path, run: str, attempt: int, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank-{rank:05d}.jsonl"
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        self._stream = path.open("a", encoding="utf-8")
+        if torn:  # the attempt before was killed in the middle of a line
+            self._stream.write("\n")
+        self._key = {"run": run, "attempt": attempt, "rank": rank}
+        self._pending = 0
+
+    def write(self, step: int, **series: Any) -> dict[str, Any]:
+        row = {**self._key, "step": step, "time": datetime.now(UTC).timestamp(), **series}
+        self._stream.write(json.dumps(row) + "\n")
+        self._pending += 1
+        if self._pending >= FLUSH_ROWS:
+            self.flush()
+        return row
+
+    def flush(self) -> None:
+        self._stream.flush()
+        self._pending = 0
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """All rows of all ranks and attempts below `folder`, in key order; a line torn by a crash is left out."""
+    rows = []
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    if not rows:
+        raise FileNotFoundError(f"no telemetry rows in {folder.name}/: the launch that writes them did not run")
+    return pd.DataFrame(rows).sort_values(KEY, ignore_index=True)
+
+
+def effective(rows: pd.DataFrame) -> pd.DataFrame:
+    """The history that counts: for each rank and step the row of the latest attempt."""
+    return rows.sort_values(KEY).drop_duplicates(["run", "rank", "step"], keep="last", ignore_index=True)
+
+
+def missing(rows: pd.DataFrame, steps: int, ranks: int) -> int:
+    """How many (rank, step) of the effective history have no row; 0 when telemetry is complete."""
+    have = set(map(tuple, effective(rows)[["rank", "step"]].itertuples(index=False)))
+    return sum((rank, step) not in have for rank in range(ranks) for step in range(1, steps + 1))
+
+
+def compact(folder: Path) -> Path:
+    """Write `folder`.parquet with every row; returns its path."""
+    target = folder.with_suffix(".parquet")
+    with replacing(target) as temporary:
+        read(folder).to_parquet(temporary, index=False)
+    return target

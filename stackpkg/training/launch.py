@@ -1,0 +1,121 @@
+"""Start a training job from a notebook or a shell. The caller is never a rank: it launches, streams and reads files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stackpkg.params import Params
+from stackpkg.runs import RunFolder, digest, read_json, root, write_json
+
+WORKER = "stackpkg.training.worker"
+FOLDERS = ("checkpoints", "telemetry", "eval")
+
+
+def command(job: str, p: Params) -> list[str]:
+    """The command a launch runs: plain Python for one process, torchrun for more, per node when there are several."""
+    layout = p.layout
+    if layout.processes == 1:
+        return [sys.executable, "-m", WORKER, job]
+    where = ["--standalone"] if layout.nodes == 1 else ["--rdzv-backend=c10d", "--rdzv-endpoint=$HEAD_NODE:29500"]
+    per_node = layout.processes // layout.nodes
+    options = [f"--nnodes={layout.nodes}", f"--nproc-per-node={per_node}", f"--max-restarts={layout.restarts}", *where]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", WORKER, job]
+
+
+def describe(name: str, p: Params, folder: RunFolder, steps: int, faults: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that decides what the job computes; its digest tells a resume from a new start."""
+    data = [folder.path / "data" / file for file in ("manifest.json", "pairs.parquet", "long_range.parquet")]
+    spec = {
+        "name": name,
+        "params": p.model_dump(mode="json"),
+        "steps": steps,
+        "faults": list(faults),
+        "data": {path.name: digest(path) for path in data},
+    }
+    spec["digest"] = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+    return spec
+
+
+def _start_fresh(folder: RunFolder, name: str) -> None:
+    """Move what an earlier, other job of this name left to outbox/.previous/, where one generation is kept."""
+    kept = root() / "outbox" / ".previous" / folder.name / name
+    shutil.rmtree(kept, ignore_errors=True)
+    for part in FOLDERS:
+        old = folder.path / part / name
+        if old.exists():
+            kept.mkdir(parents=True, exist_ok=True)
+            old.rename(kept / part)
+
+
+def launch(
+    name: str,
+    p: Params,
+    folder: RunFolder,
+    *,
+    steps: int | None = None,
+    faults: Iterable[dict[str, Any]] = (),
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run the job `name` to its end and return what it reported (`checkpoints/<name>/done.json`).
+
+    An unfinished job with the same description resumes from its newest whole checkpoint; anything else starts fresh.
+    Raises `RuntimeError` with the end of the log when the job fails, `TimeoutError` past `layout.timeout_minutes`.
+    """
+    spec = describe(name, p, folder, steps or p.max_steps, faults)
+    home = folder.path / "checkpoints" / name
+    job, done = home / "job.json", home / "done.json"
+    if done.exists() or not job.exists() or read_json(job).get("digest") != spec["digest"]:
+        _start_fresh(folder, name)
+        write_json(job, spec)
+    if p.layout.nodes > 1:
+        line = " ".join(command(f"outbox/{folder.name}/checkpoints/{name}/job.json", p)[1:])
+        raise ValueError(f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository: python {line}")
+    _stream(command(str(job), p), home / "log.txt", p.layout.timeout_minutes, quiet)
+    if not done.exists():
+        raise RuntimeError(f"{name}: the job ended without a report; its log is checkpoints/{name}/log.txt")
+    return read_json(done)
+
+
+def _stream(arguments: list[str], log: Path, minutes: float, quiet: bool) -> None:
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root()), os.environ.get("PYTHONPATH"))))
+    environment |= {"DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stackpkg.training.tether", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(60 * minutes, stop)
+    timer.start()
+    lines: list[str] = []
+    try:
+        with log.open("a", encoding="utf-8") as record:
+            for line in process.stdout or ():
+                record.write(line)
+                lines.append(line)
+                if not quiet and line.startswith("["):
+                    print(line, end="", flush=True)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if late.is_set():
+        raise TimeoutError(f"the launch ran longer than layout.timeout_minutes = {minutes:g}; raise it or run less")
+    if code:
+        raise RuntimeError(f"the launch failed with exit code {code}; the end of its log:\n{''.join(lines[-30:])}")

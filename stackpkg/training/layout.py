@@ -1,0 +1,68 @@
+"""Processes and meshes: the process group, FSDP2 through transformers' own distributed configuration, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from stackpkg.params import Params
+
+
+def start(timeout_minutes: float) -> tuple[int, int]:
+    """Join the process group that torchrun describes in the environment; (rank, ranks). Alone: a group of one."""
+    cuda, told = torch.cuda.is_available(), os.environ
+    if cuda:
+        torch.cuda.set_device(int(told.get("LOCAL_RANK", 0)))
+    rank, ranks = int(told.get("RANK", 0)), int(told.get("WORLD_SIZE", 1))
+    store: dist.Store = dist.HashStore()
+    if "RANK" in told:
+        # torchrun's agent keeps its store across restarts (torch 2.13); without a prefix of its own a restarted
+        # rank would connect to the addresses its dead predecessor left there.
+        agent = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), ranks, is_master=False)
+        store = dist.PrefixStore(f"restart-{told['TORCHELASTIC_RESTART_COUNT']}", agent)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=timeout_minutes)
+    )
+    return rank, ranks
+
+
+def load_sharded(folder: Path, p: Params) -> PreTrainedModel:
+    """Load a snapshot; with more than one rank every parameter arrives as this rank's FSDP2 shard.
+
+    The stock route, `TrainingArguments(fsdp=True)`, silently trains DDP on CPU (accelerate 1.15); this one does not.
+    """
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fsdp = min(p.layout.fsdp, ranks)
+    config = DistributedConfig(
+        fsdp_size=fsdp,
+        dp_replicate_size=ranks // fsdp,
+        fsdp_mixed_precision=p.training.precision == "bf16",
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=config)
+
+
+def sharded_share(model: nn.Module) -> float:
+    """Share of the parameters (by count of numbers) that are DTensors split over more than one rank."""
+    sizes = [(p.numel(), isinstance(p, DTensor) and p.to_local().numel() < p.numel()) for p in model.parameters()]
+    return sum(size for size, split in sizes if split) / sum(size for size, _ in sizes)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names and full values of all parameters; a collective, equal on every rank."""
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        sha.update(name.encode() + full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

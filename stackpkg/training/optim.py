@@ -1,0 +1,79 @@
+"""Optimiser, schedule and clipping as `TrainingArguments`, and the Robbins-Monro check of the schedule."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stackpkg.params import Optimization, Params
+
+
+def training_arguments(p: Params, output: Path, steps: int) -> dict[str, Any]:
+    """Keyword arguments of `transformers.TrainingArguments` for `steps` optimiser steps of this profile."""
+    o, t = p.optimization, p.training
+    return {
+        "output_dir": str(output),
+        "max_steps": steps,
+        "per_device_train_batch_size": t.batch_rows // (p.layout.processes * t.accumulation),
+        "gradient_accumulation_steps": t.accumulation,
+        "optim": {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}[o.optimizer],
+        "learning_rate": o.learning_rate,
+        "adam_beta1": o.betas[0],
+        "adam_beta2": o.betas[1],
+        "weight_decay": o.weight_decay,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": o.floor},
+        "warmup_steps": o.warmup_steps,
+        "max_grad_norm": o.clip,
+        "activation_checkpointing": t.activation_checkpointing,
+        "eval_strategy": "steps",
+        "eval_steps": t.epoch_steps,
+        "save_strategy": "steps",
+        "save_steps": t.checkpoint_steps,
+        "logging_steps": 1,
+        # The default hides a NaN: it logs the running average in its place (transformers 5.23).
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "seed": p.seed,
+    }
+
+
+def learning_rates(o: Optimization, steps: int) -> np.ndarray:
+    """Learning rate of steps 0 .. steps-1, float64 [steps]: linear warm-up, then half a cosine down to the floor.
+
+    Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5 with T_0 = steps - warmup and no restart.
+    """
+    t = np.arange(steps, dtype=np.float64)
+    progress = np.clip((t - o.warmup_steps) / max(1, steps - o.warmup_steps), 0, 1)
+    # eta = floor + (peak - floor) (1 + cos(pi progress)) / 2
+    cosine = o.floor + (o.learning_rate - o.floor) * 0.5 * (1 + np.cos(np.pi * progress))
+    return np.where(t < o.warmup_steps, o.learning_rate * t / max(1, o.warmup_steps), cosine)
+
+
+def robbins_monro(o: Optimization, steps: int) -> dict[str, float | bool]:
+    """The Robbins-Monro conditions (1951, equation 6) in a piecewise sense, for a run of `steps`.
+
+    A finite run can't diverge or converge, so the sums are bounded instead: the sum of rates grows at least as
+    floor x steps (it diverges if the floor is held), and the mean square stays below peak squared. A schedule whose
+    floor is 0 fails the first condition.
+    """
+    rates = learning_rates(o, steps)
+    total, squares = float(rates.sum()), float((rates**2).sum())
+    return {
+        "sum": total,
+        "sum_of_squares": squares,
+        "diverges": o.floor > 0 and total >= o.floor * max(0, steps - o.warmup_steps),
+        "bounded": math.isfinite(squares) and squares <= steps * o.learning_rate**2,
+    }
+
+
+def effective_beta(beta: float, updates: int) -> float:
+    """Weight of the past in the bias-corrected moment after `updates` updates: beta (1 - beta^(t-1)) / (1 - beta^t).
+
+    Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1: with bias correction the first update sees no past at all.
+    """
+    return beta * (1 - beta ** (updates - 1)) / (1 - beta**updates) if updates > 0 and beta > 0 else 0.0

@@ -1,0 +1,317 @@
+"""`Trainer` with what this stack needs and no more: its own sample order and objectives, sharded checkpoints, rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.distributed.checkpoint import _redistribute_state_dict
+
+from stackpkg.data.stream import Stream
+from stackpkg.evaluation.metrics import evaluate_epoch
+from stackpkg.model.retrieval import embed
+from stackpkg.objectives.composer import Composer, StepCounts
+from stackpkg.params import Params
+from stackpkg.runs import write_json
+from stackpkg.telemetry.guard import Guard
+from stackpkg.telemetry.probes import model_statistics, router_statistics
+from stackpkg.telemetry.rows import RowWriter
+from stackpkg.training.ema import ShardedEMA, local, reshard
+from stackpkg.training.optim import effective_beta
+from stackpkg.training.recovery import SkipNonFinite, inject
+from stackpkg.training.snapshots import complete
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class StreamDataset(Dataset):
+    """Row i of the stream as tensors."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {name: torch.as_tensor(value) for name, value in self.stream[row].items()}
+
+
+class RankBatches(Sampler[list[int]]):
+    """This rank's micro-batches: optimiser step t is rows [t B, (t+1) B) on any number of ranks, in the same order."""
+
+    def __init__(self, steps: int, batch_rows: int, accumulation: int, rank: int, ranks: int) -> None:
+        self.steps, self.batch_rows, self.accumulation, self.rank, self.ranks = (
+            steps, batch_rows, accumulation, rank, ranks,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self.batch_rows // (self.accumulation * self.ranks)
+        for micro in range(len(self)):
+            start = (micro * self.ranks + self.rank) * size
+            yield list(range(start, start + size))
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class StackTrainer(Trainer):
+    """Stock `Trainer` loop; overridden are the loader, the loss, the clip, evaluation and checkpoints."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        p: Params,
+        stream: Stream,
+        folder: Path,
+        name: str,
+        attempt: int,
+        guard: Guard,
+        faults: list[dict[str, Any]],
+    ) -> None:
+        # Trainer refuses to checkpoint a model sharded at load time (transformers 5.23); this class brings its own way.
+        args.save_only_model = True
+        super().__init__(model=model, args=args, train_dataset=StreamDataset(stream), eval_dataset=StreamDataset(stream))
+        args.save_only_model = False
+        self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
+        self.p, self.stream, self.folder, self.name, self.attempt = p, stream, folder, name, attempt
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.composer = Composer(p.objectives, top_k=getattr(model.config, "num_experts_per_tok", 1))
+        self.moe = bool(getattr(model.config, "num_experts", 0) or getattr(model.config, "num_local_experts", 0))
+        self.ema = ShardedEMA(model, p.optimization.ema_decay)
+        self.skips, self.guard, self.faults = SkipNonFinite(), guard, faults
+        self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
+        self._raw: list[dict[str, Tensor]] = []
+        self._mark = time.perf_counter()
+        self._probed: dict[str, float] = {}
+        self._row: dict[str, Any] = {}
+        self._update_skipped = False
+
+    # ---- data: one shard of every step per rank, by arithmetic
+    def get_train_dataloader(self) -> DataLoader:
+        t = self.p.training
+        batches = RankBatches(self.args.max_steps, t.batch_rows, t.accumulation, self.rank, self.ranks)
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=collate)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        start = time.perf_counter()
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._data_wait = time.perf_counter() - start
+        return batches, count
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Units of the whole optimiser step over all ranks: every term is divided by these, so none depends on the split."""
+        answers = sum((batch["answer_mask"][:, 1:] & (batch["labels"][:, 1:] >= 0)).sum() for batch in batch_samples)
+        tokens = sum((batch["labels"][:, 1:] >= 0).sum() for batch in batch_samples)
+        rows = sum(len(batch["labels"]) for batch in batch_samples)
+        counts = torch.stack([torch.as_tensor(n, device=device) for n in (tokens, answers, rows)])
+        dist.all_reduce(counts)
+        self.counts = StepCounts(*counts.tolist(), ranks=self.ranks)
+        self._sequence = batch_samples[0]["labels"].shape[1]
+        return counts[0]
+
+    # ---- loss
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        wants = {"output_router_logits": True} if self.moe else {}
+        outputs = model(input_ids=inputs["input_ids"], **wants)
+        query = positive = negatives = None
+        if self.p.objectives.contrastive and int(inputs["pair_key"][0]) >= 0:  # -1: a stage without retrieval
+            pairs = [inputs["query_ids"], inputs["positive_ids"], inputs["negative_ids"].flatten(0, 1)]
+            query, positive, negatives = self._embed(model, pairs)
+            negatives = negatives.view(len(query), -1, negatives.shape[-1])
+        router_logits = outputs.get("router_logits")
+        total, raw = self.composer.losses(
+            logits=outputs.logits,
+            labels=inputs["labels"],
+            answer_mask=inputs["answer_mask"],
+            router_logits=router_logits,
+            query=query,
+            positive=positive,
+            negatives=negatives,
+            pair_key=inputs["pair_key"],
+            counts=self.counts,
+        )
+        self._raw.append({f"loss_{name}": value for name, value in raw.items()})
+        self._routing = router_statistics(router_logits) if router_logits else {}
+        return (total, outputs) if return_outputs else total
+
+    def _embed(self, model: nn.Module, parts: list[Tensor]) -> tuple[Tensor, ...]:
+        """One forward for all texts of the pairs, padded to the longest: every rank calls the model equally often."""
+        width = max(ids.shape[1] for ids in parts)
+        pad = self.stream.pad_id
+        stacked = torch.cat([nn.functional.pad(ids, (0, width - ids.shape[1]), value=pad) for ids in parts])
+        return embed(model, stacked, pad).split([len(ids) for ids in parts])
+
+    # ---- update
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        for fault in self.faults:
+            inject(fault, step=self.state.global_step + 1, rank=self.rank, attempt=self.attempt, model=model)
+        norm = super()._clip_grad_norm(model)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._update_skipped = self.skips.check(model, norm)
+        # accelerate reports the step as skipped, so Trainer does not advance the schedule either
+        self.optimizer._is_overflow = self._update_skipped
+        return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *rest: Any, **more: Any) -> None:
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            if not self._update_skipped:
+                self.composer.after_step()
+                self.ema.update()
+            self._row = self._measure(float(tr_loss), float(grad_norm), more["learning_rate"])
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *rest, **more)
+        self._write_row()
+        self._mark = time.perf_counter()
+
+    def _measure(self, loss: float, grad_norm: float, learning_rate: float) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._mark
+        step, o = self.state.global_step, self.p.optimization
+        # raw terms add up over micro-batches and ranks; the loss was multiplied by the ranks for the mean of FSDP
+        names = sorted(self._raw[0])
+        sums = torch.stack([torch.stack([micro[name] for micro in self._raw]).sum() for name in names])
+        sums = torch.cat([sums.double(), torch.tensor([loss / self.ranks], device=sums.device, dtype=torch.double)])
+        dist.all_reduce(sums)
+        *terms, loss = sums.tolist()
+        series = dict(zip(names, terms, strict=True)) | {name: float(value) for name, value in self._routing.items()}
+        self._raw.clear()
+        updates = step - self.skips.total
+        if step == 1 or step % self.p.training.epoch_steps == 0:
+            probe = torch.as_tensor(self.stream.validation(self.stream.domains[0], 1)[0]["input_ids"])[None].to(self.args.device)
+            self._probed = model_statistics(self.model, probe)
+            reshard(self.model)
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "weight_norm": self._weight_norm(),
+            "learning_rate": learning_rate,
+            "beta1_effective": effective_beta(o.betas[0], updates),
+            "beta2_effective": effective_beta(o.betas[1], updates),
+            "update_skipped": int(self._update_skipped),
+            "nonfinite": int(not math.isfinite(loss)) + int(not math.isfinite(grad_norm)),
+            "context": self._sequence,
+            "tokens_per_second": self.counts.rows * self._sequence / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": self._data_wait,
+            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "cursor": step * self.p.training.batch_rows,
+            **series,
+            **self._probed,
+        }
+
+    @torch.no_grad()
+    def _weight_norm(self) -> float:
+        """L2 norm of all weights in fp64: equal before and after a skipped update, to the last bit."""
+        squares = torch.stack([local(parameter).double().square().sum() for parameter in self.model.parameters()]).sum()
+        dist.all_reduce(squares)
+        replicas = self.ranks // min(self.p.layout.fsdp, self.ranks)
+        return math.sqrt(float(squares) / replicas)
+
+    def _write_row(self) -> None:
+        """Once a step, after its evaluation if it has one and before its checkpoint: a saved step never lacks its row."""
+        if not self._row:
+            return
+        row, self._row = self.rows.write(self.state.global_step, **self._row), {}
+        if self.rank == 0:
+            step = self.state.global_step
+            alerts = self.guard.observe(row)
+            with (self.folder / "telemetry" / f"{self.name}.alerts.jsonl").open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps({"step": step, "attempt": self.attempt, **alert}) + "\n" for alert in alerts)
+            note = " update skipped" if self._update_skipped else ""
+            fired = "".join(f" ! {alert['alert']}" for alert in alerts)
+            shown = "loss {loss:8.4f}  norm {grad_norm:7.3f}  rate {learning_rate:.2e}  {tokens_per_second:6.0f} tok/s"
+            print(f"[{self.name}] step {step:>4}/{self.args.max_steps}  {shown.format(**row)}{note}{fired}", flush=True)
+
+    # ---- evaluation, each epoch
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        epoch = -(-self.state.global_step // self.p.training.epoch_steps)
+        report = evaluate_epoch(self.model, self.stream, self.p, self.args.device, self.ema.swapped)
+        reshard(self.model)
+        report |= {"epoch": epoch, "step": self.state.global_step, "run": self.p.run, "attempt": self.attempt}
+        if self.rank == 0:
+            write_json(self.folder / "eval" / self.name / f"epoch_{epoch:03d}.json", report)
+        self._row |= {"precision_at_k": report["precision_at_k"], "validation_loss": report["validation_loss"]}
+        metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints: one distributed checkpoint of weights, moments and average, complete or not there
+    def _tensors(self, optimizer: bool) -> dict[str, Any]:
+        state = {"model": get_model_state_dict(self.model), "ema": self.ema.shadow}
+        if optimizer:
+            state["optimizer"] = get_optimizer_state_dict(self.model, self._bare_optimizer(), options=FLAT)
+        return state
+
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """An ordinary Hugging Face folder, gathered from the shards; a checkpoint (internal call) has its own form."""
+        if not _internal_call:
+            self.model.save_pretrained(output_dir, is_main_process=self.rank == 0)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._write_row()
+        self.rows.flush()
+        super()._save_checkpoint(model, trial)
+        dist.barrier()
+        if self.rank == 0:
+            complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.state.global_step)
+        dist.barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        dcp.save(_redistribute_state_dict(self._tensors(optimizer=True)), checkpoint_id=Path(output_dir) / "dcp")
+        if self.rank == 0:
+            state = {
+                "scheduler": self.lr_scheduler.state_dict(),
+                "composer": self.composer.state_dict(),
+                "ema_updates": self.ema.updates,
+                "skips": [self.skips.total, self.skips.consecutive],
+                "guard": json.dumps(self.guard.state_dict()),
+            }
+            torch.save(state, Path(output_dir) / "state.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        reference = self._tensors(optimizer=True)
+        state = _redistribute_state_dict(reference)
+        dcp.load(state, checkpoint_id=Path(checkpoint) / "dcp")
+        state = _redistribute_state_dict(state, reference_state_dict=reference)
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self._bare_optimizer(), state["optimizer"], options=FLAT)
+        self.ema.load(state["ema"])
+        scalars = torch.load(Path(checkpoint) / "state.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(scalars["scheduler"])
+        self.composer.load_state_dict(scalars["composer"])
+        self.ema.updates = scalars["ema_updates"]
+        self.skips.total, self.skips.consecutive = scalars["skips"]
+        self.guard.load_state_dict(json.loads(scalars["guard"]))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights come with the moments, in `_load_optimizer_and_scheduler`: one read of one checkpoint."""

@@ -1,0 +1,101 @@
+"""One rank of a training job: `python -m stackpkg.training.worker outbox/<run>/checkpoints/<name>/job.json`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from stackpkg import model as models
+from stackpkg import params
+from stackpkg.data.stream import Stream
+from stackpkg.runs import now, read_json, write_json
+from stackpkg.telemetry import rows
+from stackpkg.telemetry.guard import Guard
+from stackpkg.training import layout, snapshots
+from stackpkg.training.optim import training_arguments
+from stackpkg.training.tether import die_with_parent
+from stackpkg.training.trainer import StackTrainer
+
+
+def _begin(home: Path, rank: int) -> tuple[int, Path | None]:
+    """Rank 0 counts the attempt and picks the checkpoint to resume from; the others hear it."""
+    told: list[Any] = [None]
+    if rank == 0:
+        attempts = read_json(home / "attempts.json") if (home / "attempts.json").exists() else []
+        checkpoint, complaints = snapshots.latest(home)
+        for complaint in complaints:
+            print(f"[{home.name}] set aside {complaint}", flush=True)
+        attempts.append({"at": now(), "resumed_from": checkpoint.name if checkpoint else None, "aside": complaints})
+        write_json(home / "attempts.json", attempts)
+        told = [(len(attempts), str(checkpoint) if checkpoint else None)]
+    dist.broadcast_object_list(told)
+    attempt, path = told[0]
+    return attempt, Path(path) if path else None
+
+
+def run(job_file: Path) -> None:
+    """Train the job to its last step; rank 0 writes `done.json` when everything is on disk."""
+    job, home = read_json(job_file), job_file.parent
+    folder, p = home.parents[1], params.validate(job["params"])
+    rank, ranks = layout.start(p.layout.timeout_minutes)
+    attempt, checkpoint = _begin(home, rank)
+    if rank == 0:
+        source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
+        print(f"[{job['name']}] attempt {attempt} {source} on {ranks} process(es)", flush=True)
+
+    stream = Stream(folder / "data", p)
+    initial = home / "initial"
+    if rank == 0 and not (initial / "config.json").exists():
+        models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)
+    dist.barrier()
+    set_seed(p.seed)
+    model = layout.load_sharded(initial, p)
+    arguments = TrainingArguments(**training_arguments(p, home, job["steps"]), use_cpu=not torch.cuda.is_available())
+    trainer = StackTrainer(
+        model=model,
+        args=arguments,
+        p=p,
+        stream=stream,
+        folder=folder,
+        name=job["name"],
+        attempt=attempt,
+        guard=Guard.production(p),
+        faults=job["faults"],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.rows.flush()
+
+    trainer.save_model(str(home / "final"))
+    with trainer.ema.swapped():
+        trainer.save_model(str(home / "final_ema"))
+    summary = {
+        "steps": trainer.state.global_step,
+        "ranks": ranks,
+        "attempts": attempt,
+        "sharded_share": layout.sharded_share(model),
+        "weights_sha256": layout.weights_digest(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "skipped_updates": trainer.skips.total,
+        "ema_updates": trainer.ema.updates,
+    }
+    dist.barrier()
+    if rank == 0:
+        rows.compact(folder / "telemetry" / job["name"])
+        write_json(home / "done.json", summary | {"at": now()})
+        print(f"[{job['name']}] done: {trainer.state.global_step} steps", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    logging.set_verbosity_error()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    run(Path(sys.argv[1]).resolve())

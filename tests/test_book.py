@@ -1,0 +1,429 @@
+"""The book: a hostile output meets a page, a broken page meets the build, and a browser opens it all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from stackpkg import book, runs
+from stackpkg.governance import checklist
+from stackpkg.params import Params
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path[:0] = [str(REPOSITORY / "book/theme"), str(REPOSITORY / "book")]
+
+from myst import text  # noqa: E402
+from nodes import Renderer  # noqa: E402
+from reference import parameters  # noqa: E402
+from sanitise import ALLOWED, VOID, sanitise  # noqa: E402
+
+EVIL = "<img src=x onerror=alert(1)><script>window.broken=1</script>"
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+class Page(HTMLParser):
+    """Elements of a page: (tag, attributes), and the tags left open or closed out of order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.stack: list[str] = []
+        self.crossed: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in VOID | {"meta", "link", "input", "path"}:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.stack or self.stack.pop() != tag:
+            self.crossed.append(tag)
+
+    def ids(self) -> list[str]:
+        return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
+
+
+# --- outputs of a notebook are not to be trusted
+
+ATTACKS = [
+    EVIL,
+    "<svg onload=alert(1)><script>alert(1)</script></svg>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "<a href=' java\nscript:alert(1)'>x</a>",
+    "<a href='data:text/html,<script>alert(1)</script>'>x</a>",
+    "<iframe src='javascript:alert(1)'></iframe>",
+    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+    "<iframe src='https://example.org/'></iframe>",
+    "<img src='https://example.org/x.png'>",
+    "<img src='data:image/svg+xml;base64,PHN2Zz4='>",
+    "<meta http-equiv=refresh content='0;url=https://example.org'>",
+    "<base href='https://example.org/'><link rel=stylesheet href=//example.org/x.css>",
+    "<form action='https://example.org'><input autofocus onfocus=alert(1)><button formaction=x>b</button></form>",
+    "<p style='background:url(https://example.org/x)'>x</p><style>@import 'https://example.org'</style>",
+    "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 onerror=alert(1)&gt;'>",
+    "</table></div></main><p onmouseover=alert(1)>out</p>",
+    "<table><tr><td>never closed",
+    "<p title='\"><script>alert(1)</script>'>x</p>",
+]
+
+
+FRAGMENTS = ("<b>", "</b>", "<td>", "</table>", "<!--", "'", '"', "<", "&lt;")
+
+
+def assert_harmless(html: str) -> None:
+    page = Page(html)
+    assert not page.crossed and not page.stack, f"unbalanced {page.crossed} {page.stack}: {html}"
+    for tag, attributes in page.elements:
+        assert tag in ALLOWED or tag == "iframe", f"{tag} in {html}"
+        assert not [key for key in attributes if key.startswith("on") or key in {"style", "srcdoc", "srcset", "id"}]
+        assert re.match(r"https?://|#|\.\./reports/", attributes.get("href", "#")), html
+        assert re.match(r"\.\./reports/|data:image/png", attributes.get("src", "../reports/")), html
+        assert tag != "iframe" or attributes["sandbox"] == "allow-scripts"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_in_an_output_is_disarmed(attack: str) -> None:
+    assert_harmless(sanitise(attack, lambda source: ""))
+
+
+@given(st.lists(st.sampled_from([*ATTACKS, *FRAGMENTS]), max_size=6))
+def test_no_mixture_of_attacks_gets_through_or_unbalances_the_page(parts: list[str]) -> None:
+    assert_harmless(sanitise("".join(parts), lambda source: ""))
+
+
+def test_a_table_of_pandas_keeps_its_cells_and_scrolls_in_its_own_box() -> None:
+    row = '<tr style="text-align: right;"><td>1 &lt; 2</td></tr>'
+    html = sanitise(f'<style scoped>th {{}}</style><table border="1" class="dataframe">{row}</table>', str)
+    table = '<table class="dataframe"><tr class="right"><td>1 &lt; 2</td></tr></table>'
+    assert html == f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+def test_an_unknown_node_type_stops_the_build_and_is_named() -> None:
+    renderer = Renderer(resolve=str, report=str, read=str)
+    with pytest.raises(ValueError, match="'mermaid'"):
+        renderer.page({"type": "root", "children": [{"type": "mermaid", "value": "graph"}]})
+
+
+def test_an_output_no_reader_could_see_stops_the_build() -> None:
+    output = {"type": "output", "jupyter_data": {"output_type": "display_data", "data": {"application/x-odd": {}}}}
+    with pytest.raises(ValueError, match="application/x-odd"):
+        Renderer(resolve=str, report=str, read=str).page({"type": "outputs", "children": [output]})
+
+
+@pytest.mark.parametrize(
+    "value", ["a | b", "*x* _y_ `z`", "$x$", "{role}`x`", "<b>", "[a](b)", "&amp;", "# h", "1. x", ":::x"]
+)
+def test_text_from_a_run_is_escaped_for_markdown(value: str) -> None:
+    assert re.sub(r"\\(.)", r"\1", text(value)) == value
+    assert not re.search(r"(?<!\\)[|*_`$<\[{&#:]", text(value))
+
+
+def test_every_parameter_of_the_schema_is_on_the_page() -> None:
+    page = parameters()
+    assert "` learning_rate `|` number `|` 0.0002 `|` > 0 `, ` ≤ 1 `|" in page
+    for section in re.findall(r"\]\(#(\w+)\)", page):
+        assert re.search(rf"^## {section}$", page, re.MULTILINE | re.IGNORECASE), section
+
+
+# --- a run made here, built once
+
+
+def executed(title: str, *cells: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    first = new_code_cell("# Parameters\nrun = 'lab'  # folder", metadata={"tags": ["parameters"]})
+    given_cell = new_code_cell(f"# Parameters\nrun = {EVIL!r}\n", metadata={"tags": ["injected-parameters"]})
+    head = new_markdown_cell(
+        f"# {title}\n> A promise.\n\n## Purpose\nMass $E = mc^2$, see [](#steps-here).\n\n(steps-here)=\n## Steps"
+    )
+    notebook = new_notebook(cells=[head, first, given_cell, *cells])
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"{title[0].lower()}-{i:02d}"
+        cell.metadata["papermill"] = {"duration": 0.5, "status": "completed"}
+    return notebook
+
+
+def display(**data: str) -> nbformat.NotebookNode:
+    return new_output("display_data", {key.replace("_", "/"): value for key, value in data.items()})
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of what a book is made from, which the package takes for its repository."""
+    pytest.importorskip("jupyter_book")
+    place = tmp_path_factory.mktemp("repository")
+    hidden = shutil.ignore_patterns("_build", "runbooks", "__pycache__")
+    shutil.copytree(REPOSITORY / "book", place / "book", ignore=hidden)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "root", lambda: place)
+        yield place
+
+
+@pytest.fixture(scope="module")
+def place(repository: Path) -> Path:
+    """One run: a good stage, a failed one, one whose kernel died, one that did not run; hostile text everywhere."""
+    place = repository
+    runs.write_text(place / "book/runbooks/page.md", "# A runbook\n\nSee [](../notebooks/10_good.ipynb).\n")
+    run = place / "outbox/tiny"
+    boom = new_output(
+        "error", ename="AssertionError", evalue=f"loss 3 {EVIL}", traceback=["\x1b[31mAssertionError\x1b[0m"]
+    )
+    frame = "<iframe src='../outbox/tiny/eval/epoch_001.html' width='100%' height='300'></iframe>"
+    wide = "<table><tr><td>" + EVIL + "wide " * 9000 + "</td></tr></table>"
+    banner = {"metadata": {"tags": ["papermill-error-cell-tag"]}}
+    stopped = [new_markdown_cell(f"<span id='papermill-error-cell'>stopped {i}</span>", **banner) for i in range(2)]
+    stages = {
+        "10_good": executed(
+            "Good",
+            new_code_cell("x = 1\n" * 30, outputs=[new_output("stream", name="stdout", text=EVIL)]),
+            new_code_cell("zebra", outputs=[display(text_html=wide)]),
+            new_code_cell("plot", outputs=[display(image_png=PIXEL), display(text_html=frame + EVIL)]),
+            new_code_cell("assert True", metadata={"tags": ["accept"]}),
+        ),
+        "20_bad": executed("Bad", stopped[0], new_code_cell("assert loss < 2", outputs=[boom])),
+        "21_worse": executed("Dead", stopped[1], new_code_cell("die()")),
+    }
+    for name, notebook in stages.items():
+        runs.write_text(run / "nb" / f"{name}.ipynb", nbformat.writes(notebook))
+        error = "" if name == "10_good" else f"DeadKernelError: Kernel died {EVIL}"
+        lock = {
+            "stage": name,
+            "state": "failed" if error else "ok",
+            "started": runs.now(),
+            "seconds": 2.5,
+            "error": error,
+        }
+        runs.write_json(run / "lock" / f"{name}.json", lock)
+    runs.write_text(place / "notebooks/30_later.ipynb", nbformat.writes(executed("Later")))
+    runs.write_text(
+        run / "eval/epoch_001.html",
+        "<!doctype html><title>r</title><p id=r></p><script>r.append('report ran')</script>",
+    )
+    runs.write_json(run / "evidence/10_good.json", {"duplicates": 0.03})
+    check = {"evidence": "10_good", "value": "duplicates", "op": "<=", "limit": 0.05}
+    green = {"id": "D1", "workstream": "Data & more", "text": EVIL, "notebooks": ["10_good"], "checks": [check]}
+    amber = green | {"id": "D2", "pending": f"a | b {EVIL}"}
+    red = green | {"id": "D3", "checks": [check | {"limit": 0.01}], "files": ["eval/*.html", "absent/*"]}
+    runs.write_text(place / "params/checklist.yaml", yaml.safe_dump([green, amber, red]))
+    folder = runs.RunFolder("tiny")
+    checklist.write(folder, checklist.evaluate(folder, Params()))
+    said = {
+        "role": "safety",
+        "reviewer": "s@demonstration.invalid",
+        "decision": "approve",
+        "at": runs.now(),
+        "demonstration": True,
+    }
+    runs.write_json(run / "signoffs/safety.json", {"predicate": said})
+    runs.write_text(run / "SHA256SUMS", f"{'ab' * 32}  checklist.yaml\n")
+    return place
+
+
+@pytest.fixture(scope="module")
+def html(place: Path) -> Path:
+    return book.build("tiny").parent
+
+
+@pytest.fixture(scope="module")
+def parsed(html: Path) -> dict[Path, Page]:
+    return {
+        path: Page(path.read_text(encoding="utf-8")) for path in html.rglob("*.html") if "reports" not in path.parts
+    }
+
+
+def test_every_link_and_anchor_leads_somewhere(html: Path, parsed: dict[Path, Page]) -> None:
+    assert len(parsed) > 12
+    for path, page in parsed.items():
+        assert len(page.ids()) == len(set(page.ids())), f"{path.name} repeats an id"
+        assert not page.crossed and not page.stack, f"{path.name} is not well formed: {page.crossed} {page.stack}"
+        for tag, attributes in page.elements:
+            for url in (urlsplit(attributes[key]) for key in ("href", "src") if key in attributes):
+                if url.scheme in ("http", "https", "data"):
+                    continue
+                target = (path.parent / unquote(url.path)).resolve() if url.path else path
+                assert target.is_relative_to(html) and target.is_file(), f"{path.name}: <{tag}> to {url.geturl()}"
+                assert not url.fragment or unquote(url.fragment) in parsed[target].ids(), f"{path.name}: {url.geturl()}"
+
+
+def test_every_search_result_leads_somewhere(html: Path, parsed: dict[Path, Page]) -> None:
+    script = (html / "assets/search-index.js").read_text(encoding="utf-8")
+    rows = json.loads(script.removeprefix("window.bookIndex = ").removesuffix(";\n"))
+    assert {row[0] for row in rows} >= {"Good", "Dead", "Glossary", "A runbook", "stackpkg.data"}
+    for row in rows:
+        name, _, fragment = row[2].partition("#")
+        assert not fragment or fragment in parsed[html / name].ids(), row[2]
+
+
+def test_nothing_is_loaded_from_elsewhere_and_no_script_is_inline(parsed: dict[Path, Page], html: Path) -> None:
+    for path, page in parsed.items():
+        for tag, attributes in page.elements:
+            if tag not in {"a"}:
+                assert not re.match(r"(https?:)?//", attributes.get("src", attributes.get("href", ""))), (
+                    f"{path.name}: {tag}"
+                )
+            assert not [key for key in attributes if key.startswith("on") or key == "srcset"], f"{path.name}: {tag}"
+            assert tag != "script" or re.fullmatch(r"(\.\./)*assets/\w+\.js", attributes.get("src", "")), path.name
+            assert tag != "img" or not attributes["src"].endswith("x"), f"{path.name}: an output's image got through"
+    assert not re.search(r"url\(|@import|http", (html / "assets/book.css").read_text(encoding="utf-8"))
+
+
+def test_the_state_of_a_stage_comes_from_its_lock_and_is_loud(html: Path) -> None:
+    bad, dead, later = (
+        (html / f"notebooks/{name}.html").read_text(encoding="utf-8") for name in ("bad", "worse", "later")
+    )
+    cell = re.search(r'class="cell failed" id="([^"]+)"', bad)
+    assert cell and f'href="#{cell.group(1)}">Go to the cell that failed' in bad
+    assert "This notebook failed" in dead and "DeadKernelError" in dead and "stopped" not in dead
+    assert '<span class="badge not run">not run</span>' in later
+    index = (html / "index.html").read_text(encoding="utf-8")
+    assert "Not ready" in index and "2 failed" in index and "1 of 3 green" in index and "Demonstration keys" in index
+    lines = (html / "signoff/checklist.html").read_text(encoding="utf-8")
+    assert [lines.count(f'badge {colour}"') for colour in ("green", "amber", "red", "failed")] == [1, 1, 1, 1]
+    assert "absent/*: missing" in lines and "a | b &lt;img" in lines
+
+
+def test_a_failed_build_names_the_fault_and_leaves_the_old_book(place: Path, html: Path) -> None:
+    runbook = place / "book/runbooks/broken.md"
+    before = (html / "index.html").read_bytes()
+    for broken, fault in (
+        ("# Broken\n\n[x](nowhere.md)\n", "nowhere.md"),
+        ("# Odd\n\n```{mermaid}\ngraph\n```\n", "mermaid"),
+    ):
+        runs.write_text(runbook, broken)
+        with pytest.raises(RuntimeError, match=fault):
+            book.build("tiny")
+    runbook.unlink()
+    assert (html / "index.html").read_bytes() == before
+
+
+def test_a_run_that_does_not_exist_is_named(place: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="outbox/absent/nb"):
+        book.build("absent")
+
+
+def test_a_fresh_run_has_a_book_that_says_what_is_missing(place: Path) -> None:
+    shutil.copytree(place / "outbox/tiny/nb", place / "outbox/bare/nb")
+    html = book.build("bare").parent
+    index = (html / "index.html").read_text(encoding="utf-8")
+    assert "Not ready" in index and "not signed yet" in index and "there is no checklist yet" in index
+    assert "not sealed yet" in (html / "signoff/archive.html").read_text(encoding="utf-8")
+
+
+# --- in a browser, from the folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found:
+        pytest.skip("no chromium or google-chrome on this machine")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        yield p.chromium.launch(executable_path=found, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def tab(browser, request) -> Iterator[object]:  # type: ignore[no-untyped-def]
+    """A page that fails the test on any console message, script error, failed or outside request."""
+    context = browser.new_context(**getattr(request, "param", {"viewport": {"width": 1300, "height": 900}}))
+    page, faults = context.new_page(), []
+    page.on("console", lambda message: faults.append(message.text))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("requestfailed", lambda sent: faults.append(sent.url))
+    page.on("request", lambda sent: None if sent.url.startswith(("file:", "data:")) else faults.append(sent.url))
+    yield page
+    context.close()
+    assert not faults
+
+
+PHONE = {"viewport": {"width": 390, "height": 800}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("tab", [{"color_scheme": "light"}, {"color_scheme": "dark"}, PHONE], indirect=True)
+def test_every_page_opens_without_an_error_and_fits_its_window(tab, html: Path, parsed: dict[Path, Page]) -> None:  # type: ignore[no-untyped-def]
+    for path in parsed:
+        tab.goto(path.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path.name} scrolls sideways"
+        assert tab.evaluate("window.broken === undefined")
+        assert tab.locator("main h1").count() == 1
+
+
+@pytest.mark.book
+def test_search_works_from_the_folder_with_the_keyboard_alone(tab, html: Path) -> None:  # type: ignore[no-untyped-def]
+    tab.goto((html / "notebooks/bad.html").as_uri())
+    tab.keyboard.press("/")
+    tab.keyboard.type("hard negative")
+    first = tab.locator("#found a").first
+    first.wait_for()
+    assert "Glossary" in first.inner_text()
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/reference/glossary.html*")
+    tab.keyboard.press("/")
+    tab.keyboard.type("zzzqq")
+    assert tab.locator("#found").inner_text() == "Nothing found"
+    tab.keyboard.press("Escape")
+    assert tab.locator("#found").is_hidden()
+
+
+@pytest.mark.book
+def test_the_first_tab_stop_skips_to_the_text_and_focus_shows(tab, html: Path) -> None:  # type: ignore[no-untyped-def]
+    tab.goto((html / "index.html").as_uri())
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.id") == "main"
+
+
+@pytest.mark.book
+def test_the_choice_of_dark_is_kept_from_page_to_page(tab, html: Path) -> None:  # type: ignore[no-untyped-def]
+    background = "getComputedStyle(document.body).backgroundColor"
+    tab.goto((html / "index.html").as_uri())
+    light = tab.evaluate(background)
+    tab.locator("#theme").click()
+    dark = tab.evaluate(background)
+    tab.goto((html / "reference/glossary.html").as_uri())
+    assert light != dark == tab.evaluate(background)
+
+
+@pytest.mark.book
+def test_code_is_copied_and_the_report_runs_in_its_frame(tab, html: Path) -> None:  # type: ignore[no-untyped-def]
+    tab.goto((html / "notebooks/good.html").as_uri())
+    assert tab.locator("details.fold").first.get_attribute("open") is None
+    tab.locator(".cell.parameters .copy").click()
+    tab.locator(".cell.parameters .copy", has_text="Copied").wait_for()
+    tab.locator("#query").focus()
+    tab.keyboard.press("Control+v")
+    assert tab.locator("#query").input_value().startswith("# Parameters")
+    tab.locator("iframe").scroll_into_view_if_needed()
+    tab.frame_locator("iframe").get_by_text("report ran").wait_for()
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("tab", [PHONE], indirect=True)
+def test_on_a_phone_the_list_of_pages_opens_and_leads_on(tab, html: Path) -> None:  # type: ignore[no-untyped-def]
+    tab.goto((html / "index.html").as_uri())
+    assert tab.locator("#pages").is_hidden()
+    tab.locator("#menu").click()
+    assert tab.locator("#menu").get_attribute("aria-expanded") == "true"
+    box, first = (tab.locator(name).first.bounding_box() for name in ("#pages", "#pages a"))
+    assert first["y"] > 56 and box["y"] + box["height"] <= 801, "the list lies under the header or below the screen"
+    tab.locator("#pages").get_by_text("Glossary").click()
+    tab.wait_for_url("**/reference/glossary.html")
+    tab.locator("a[rel=next]").click()
+    tab.wait_for_url("**/reference/parameters.html")
