@@ -1,9 +1,7 @@
-"""`stackpkg`: run, status, verify, sign, book, doctor."""
+"""`stackpkg`: run, status, verify, sign, book."""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -14,6 +12,7 @@ from stackpkg import params
 from stackpkg.runs import RunFolder, root
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A training stack: run, inspect, sign, publish.")
+COLOUR = {"green": "green", "amber": "yellow", "red": "red"}
 Folder = Annotated[Path, typer.Argument(help="a run's folder, such as outbox/smoke")]
 
 
@@ -33,7 +32,9 @@ def _folder(path: Path) -> RunFolder:
     """The run at `path`, which must be a folder of this repository's outbox."""
     if not path.is_dir():
         there = sorted(found.name for found in (root() / "outbox").iterdir() if found.is_dir())
-        _stop(f"{path} is not a run's folder; runs here: {', '.join(name for name in there if name[0] != '.') or 'none'}")
+        _stop(
+            f"{path} is not a run's folder; runs here: {', '.join(name for name in there if name[0] != '.') or 'none'}"
+        )
     if path.resolve().parent != root() / "outbox":
         _stop(f"{path} is not in {root().name}/outbox")
     return RunFolder(path.resolve().name)
@@ -58,7 +59,8 @@ def run(
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to go on where it stopped")
     except Exception as error:
-        _stop(f"{error}\n\nThe executed notebook is kept in outbox/{p.run}/nb/. The same command goes on at the failed stage.")
+        kept = f"The executed notebook is kept in outbox/{p.run}/nb/"
+        _stop(f"{error}\n\n{kept}; the same command goes on at the failed stage.")
     if sealed:
         typer.echo(f"sealed outbox/{p.run}, manifest {sealed['manifest_sha256'][:16]}")
         typer.secho(sealed["notice"], fg="yellow", bold=True)
@@ -76,7 +78,11 @@ def status(path: Folder) -> None:
         lock = pipeline.lock_of(folder, stage.name)
         typer.echo(f"{stage.name:<26} {lock['state']:<9} {lock.get('seconds', ''):>7}  {lock.get('error', '')[:100]}")
     items = checklist.read(folder)
-    typer.echo(f"\n{checklist.board(items)}" if items else "\nno checklist yet: 90_sign_off writes it")
+    typer.echo("" if items else "\nno checklist yet: 90_sign_off writes it")
+    for item in items:
+        typer.secho(f"{item['id']:<3} {item['status']:<6} {item['text']}", fg=COLOUR[item["status"]])
+        for reason in item["reasons"]:
+            typer.echo(f"{'':11}{reason}")
     signers, demonstration = seal.signers_for(folder.path)
     found = seal.verify(folder.path, signers)
     typer.echo(f"\nsign-offs: {found[0] if found else seal.LOUD if demonstration else 'valid'}")
@@ -128,26 +134,3 @@ def book(path: Folder) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         _stop(error)
     typer.echo(f"the book: {index.relative_to(root())}")
-
-
-@app.command()
-def doctor() -> None:
-    """What this machine has for the stack, and how to get what is missing."""
-    needed = {"git": "git", "ssh-keygen": "openssh-client"}
-    optional = {"chromium": "chromium (browser test)", "promtool": "prometheus (checks the alert rules)"}
-    failed = sys.version_info[:2] != (3, 11)
-    typer.echo(f"{'FAIL' if failed else 'ok':<5} Python {sys.version.split()[0]} (3.11 is tested)")
-    for module in ("torch", "transformers", "papermill", "evidently", "jupyter_book"):
-        found = importlib.util.find_spec(module) is not None
-        failed |= not found
-        typer.echo(f"{'ok' if found else 'FAIL':<5} package {module}" + ("" if found else ": run `make env`"))
-    for program, package in (needed | optional).items():
-        found = shutil.which(program) is not None
-        failed |= not found and program in needed
-        word = "ok" if found else "FAIL" if program in needed else "--"
-        typer.echo(f"{word:<5} program {program}" + ("" if found else f": install {package}"))
-    free = shutil.disk_usage(root()).free / 2**30
-    failed |= free < 5
-    typer.echo(f"{'ok' if free >= 5 else 'FAIL':<5} {free:.0f} GiB free (5 are needed)")
-    if failed:
-        raise typer.Exit(1)

@@ -133,7 +133,6 @@ class Training(Section):
     checkpoint_steps: int = Field(6, ge=1, description="optimiser steps between two checkpoints")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; master weights are fp32")
     activation_checkpointing: bool = False
-    loss_spike_z: float = Field(6.0, gt=1, description="robust z-score of the loss that raises an alert")
 
 
 class Layout(Section):
@@ -220,6 +219,17 @@ def _section(path: tuple[str | int, ...]) -> Any:
     return here
 
 
+def _range(path: tuple[str | int, ...]) -> str:
+    """The whole allowed range of a bounded field, as `; allowed: > 0, <= 1`."""
+    section = _section(path[:-1])
+    field = section.model_fields.get(path[-1]) if section else None
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{s} {getattr(m, n):g}" for m in (field.metadata if field else ()) for n, s in signs.items() if hasattr(m, n)
+    ]
+    return f"; allowed: {', '.join(bounds)}" if bounds else ""
+
+
 def explain(error: ValidationError) -> str:
     """One line per problem: where, what was given, what is allowed, the nearest valid name."""
     lines = []
@@ -232,7 +242,7 @@ def explain(error: ValidationError) -> str:
             hint = f"did you mean {near[0]!r}? " if near else ""
             lines.append(f"{where}: unknown key; {hint}allowed: {', '.join(names)}")
         else:
-            lines.append(f"{where}: {item['msg']}; given {item['input']!r}"[:400])
+            lines.append(f"{where}: {item['msg']}; given {item['input']!r}{_range(item['loc'])}"[:400])
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """One look for every figure: set once, readable on a light and on a dark page."""
 
 import matplotlib as mpl
+from cycler import cycler
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774")
 
@@ -17,7 +18,7 @@ def use_style() -> None:
             "axes.spines.right": False,
             "axes.grid": True,
             "grid.alpha": 0.25,
-            "axes.prop_cycle": mpl.cycler(color=COLOURS),
+            "axes.prop_cycle": cycler(color=COLOURS),
             "font.size": 9.5,
         }
     )

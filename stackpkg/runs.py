@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import html
 import json
 import math
 import os
@@ -16,9 +15,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackpkg import __version__
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -86,23 +88,6 @@ def _strict(value: Any) -> Any:
     return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-class Table:
-    """Rows that show as an HTML table in a notebook and as text elsewhere."""
-
-    def __init__(self, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-        self.header, self.rows = header, rows
-
-    def _repr_html_(self) -> str:
-        def line(cells: tuple[Any, ...], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-        body = "".join(line(row, "td") for row in self.rows)
-        return f"<table><thead>{line(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
-
-    def __repr__(self) -> str:
-        return "\n".join("  ".join(str(cell) for cell in row) for row in [self.header, *self.rows])
-
-
 class RunFolder:
     """`outbox/<name>/`, made when first asked for."""
 
@@ -118,17 +103,17 @@ class RunFolder:
 
     def matches(self, pattern: str) -> list[Path]:
         """Files and folders below the run that match a glob pattern, sorted."""
-        return [self.path / name for name in sorted(glob.glob(pattern, root_dir=self.path))]
+        return [self.path / name for name in sorted(glob.glob(pattern, root_dir=self.path))]  # noqa: PTH207  never hidden files
 
-    def inputs(self, *patterns: str) -> Table:
+    def inputs(self, *patterns: str) -> DataFrame:
         """What a stage reads. Literal patterns only: the runner reads them from the source to know when to re-run."""
         return self._table(patterns, "is missing: run the notebook that makes it first (its number is lower)")
 
-    def outputs(self, *patterns: str) -> Table:
+    def outputs(self, *patterns: str) -> DataFrame:
         """What a stage wrote. Literal patterns only: the runner re-runs the stage when one changed or is gone."""
         return self._table(patterns, "was not written by this notebook")
 
-    def _table(self, patterns: tuple[str, ...], complaint: str) -> Table:
+    def _table(self, patterns: tuple[str, ...], complaint: str) -> DataFrame:
         rows = []
         for pattern in patterns:
             found = self.matches(pattern)
@@ -139,11 +124,13 @@ class RunFolder:
                 size = sum(file.stat().st_size for file in files)
                 name = path.relative_to(self.path).as_posix()
                 rows.append((name, len(files), f"{size:,}", digest(path)[:16]))
-        return Table(("path", "files", "bytes", "sha256"), rows)
+        from pandas import DataFrame  # only notebooks show tables
 
-    def record(self, stage: str, **numbers: Any) -> Path:
+        return DataFrame(rows, columns=["path", "files", "bytes", "sha256"])
+
+    def record(self, stage: str, **numbers: Any) -> None:
         """Write `evidence/<stage>.json`: the numbers the checklist checks. Call it in the acceptance section."""
-        return write_json(self / f"evidence/{stage}.json", numbers)
+        write_json(self / f"evidence/{stage}.json", numbers)
 
     def evidence(self, stage: str) -> dict[str, Any]:
         return read_json(self.path / "evidence" / f"{stage}.json")

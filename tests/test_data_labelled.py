@@ -90,6 +90,16 @@ def test_copied_functions_count_once_and_small_modules_not_at_all():
     assert len(pairs) == 5 and len({pair["record_id"] for pair in pairs}) == 1
 
 
+def test_functions_that_share_a_body_are_no_negatives_of_each_other():
+    twins = "".join(
+        f'def {n}(a):\n    """Do one thing in {n}."""\n    b = a\n    c = b\n    return c\n\n' for n in "fgh"
+    )
+    other = "def k(a):\n    z = a + 1\n    y = z\n    return y\n"
+    assert labelled.mine([Record("folder:t/1.py", "code", "MIT", 0, twins)], set(), Auxiliary(), 8) == []
+    pairs = labelled.mine([Record("folder:t/1.py", "code", "MIT", 0, twins + other)], set(), Auxiliary(), 8)
+    assert len(pairs) == 3 and {pair["rejected"] for pair in pairs} == {other.split(":\n", 1)[1]}
+
+
 def test_leakage_is_seen():
     pairs = labelled.mine(records(), set(), profile().auxiliary, 8)
     pairs[-1]["negatives"][0] = pairs[0]["positive"]

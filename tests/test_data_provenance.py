@@ -30,6 +30,11 @@ def test_the_same_distribution_does_not_agree_with_itself():
     assert [twin.trust for twin in twins] == [0.9, 0.9]
 
 
+def test_rows_of_one_file_do_not_agree_with_each_other():
+    twins = provenance.assess([record(source="jsonl:a#0"), record(source="jsonl:a#1")], ["jsonl:"], 100)
+    assert [twin.trust for twin in twins] == [0.9, 0.9]
+
+
 def test_content_that_contradicts_its_hash_has_no_trust():
     assert one(hash_status="mismatch").trust == 0
 

@@ -75,13 +75,17 @@ def test_chunked_attention_equals_the_dense_definition(length: int, changes: dic
 @given(length=st.integers(2, 90), data=st.data())
 def test_no_output_depends_on_a_later_token(length: int, data: st.DataObject) -> None:
     changed = data.draw(st.integers(1, length - 1))
-    model, ids = small().eval(), tokens(1, length)
+    ids = tokens(1, length)
     other = ids.clone()
     other[0, changed] = 63 if ids[0, changed] != 63 else 1
-    with torch.no_grad():
-        before, after = model(input_ids=ids).logits, model(input_ids=other).logits
-    assert torch.equal(before[:, :changed], after[:, :changed])
-    assert not torch.equal(before[:, changed:], after[:, changed:])
+    for experts in (1, 4):
+        model = small(num_experts=experts, num_experts_per_tok=min(experts, 2)).eval()
+        with torch.no_grad():
+            before, after = model(input_ids=ids).logits, model(input_ids=other).logits
+        # exactly zero; with several experts a matrix product may round anew when its number of rows changes
+        error = (before[:, :changed] - after[:, :changed]).abs().max()
+        assert error <= (0 if experts == 1 else 1e-6)
+        assert not torch.equal(before[:, changed:], after[:, changed:])
 
 
 def test_summaries_carry_what_the_window_cannot_see() -> None:
@@ -97,7 +101,7 @@ def test_attention_makes_no_square_tensor() -> None:
     length, largest = 2048, [0]
 
     class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             largest[0] = max([largest[0], *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
             return out
@@ -139,7 +143,7 @@ def test_checkpointed_layers_give_the_same_gradient() -> None:
     for checkpointing in (False, True):
         model = small(retrieval=True).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         out = model(input_ids=tokens(2, 40), memory=torch.ones(2, 3, 32), output_router_logits=True)
         assert len(out.router_logits) == 2 and out.router_logits[0].shape == (80, 4)
         (out.logits.square().mean() + sum(r.softmax(-1)[:, 0].sum() for r in out.router_logits)).backward()
@@ -338,33 +342,30 @@ def loss(model: torch.nn.Module, ids: torch.Tensor, memory: torch.Tensor) -> tor
     return out.loss + pair[:, 0].mean() + sum(r.softmax(-1)[:, 0].mean() for r in out.router_logits)
 
 
-def worker(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+def worker(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     reference, ids, memory = torch.load(f"{folder}/reference.pt", weights_only=True)
     for sizes in ({"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2}):
         spread = DistributedConfig(**sizes)
         model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=spread, dtype=torch.float32).train()
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         shares = (ids.chunk(2)[rank], memory.chunk(2)[rank]) if "fsdp_size" in sizes else (ids, memory)
         loss(model, *shares).backward()
         for name, parameter in model.named_parameters():
             full = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-            if full.shape == reference[name].shape:  # an expert-parallel rank may hold its own slice
-                torch.testing.assert_close(
-                    full, reference[name], atol=1e-6, rtol=2e-4, msg=lambda m, n=name: f"{sizes} {n} {m}"
-                )
+            error = (full - reference[name]).norm() / reference[name].norm().clamp_min(1e-9)
+            assert error < 2e-4, f"{sizes} {name}: relative error {error:.1e}"
         share = attention_statistics(model, shares[0])["masked_edge_share"]
         assert share.max() == 0
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_sharded_gradients_equal_those_of_one_process(tmp_path: object, free_port: int) -> None:
+def test_sharded_gradients_equal_those_of_one_process(tmp_path: object) -> None:
     model, ids, memory = small(retrieval=True), tokens(4, 40), torch.randn(4, 3, 32)
     model.save_pretrained(tmp_path)
     loss(model, ids, memory).backward()
     torch.save(({n: p.grad for n, p in model.named_parameters()}, ids, memory), f"{tmp_path}/reference.pt")
-    mp.spawn(worker, (str(tmp_path), free_port), nprocs=2)
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)

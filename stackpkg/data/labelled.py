@@ -14,6 +14,7 @@ from stackpkg.data.provenance import Record
 from stackpkg.params import Auxiliary
 
 PER_MODULE = 12  # functions of one module at most, so that no large file dominates
+Pair = dict[str, Any]  # a row of pairs.parquet
 
 
 class Function(NamedTuple):
@@ -46,15 +47,13 @@ def functions(text: str) -> list[Function]:
     return found
 
 
-def mine(
-    records: Iterable[Record], validation: Collection[str], sizes: Auxiliary, held_out: int
-) -> list[dict[str, Any]]:
+def mine(records: Iterable[Record], validation: Collection[str], sizes: Auxiliary, held_out: int) -> list[Pair]:
     """At most `sizes.pairs` pairs from code records, each with its preference; hard negatives are of the same module.
 
     Whole modules are held out until `held_out` pairs are: first those of the `validation` records, which the language
     model never reads, then others by hash. A function seen before is passed over, and a query of under three words.
     """
-    pairs: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
     seen: set[str] = set()
     code = [record for record in records if record.domain == "code"]
     for record in sorted(code, key=lambda r: (r.record_id not in validation, mixing.hashed(1, r.record_id)[0])):
@@ -62,27 +61,22 @@ def mine(
         fresh = list({f.code: f for f in functions(record.text) if f.code not in seen}.values())
         asked = {f.query: f for f in fresh if len(f.query.split()) >= 3 and f.query not in seen}
         seen.update(f.code for f in fresh)
-        for query, f in list(asked.items())[: PER_MODULE if len(fresh) > sizes.hard_negatives else 0]:
-            others = [other for other in fresh if other is not f]
+        where = {"record_id": record.record_id, "source": record.source, "licence": record.licence, "split": split}
+        for query, f in list(asked.items())[:PER_MODULE]:
+            others = [other for other in fresh if other.body != f.body]
             hard = [others[k] for k in mixing.permutation(len(others), record.record_id, query)[: sizes.hard_negatives]]
-            where: dict[str, Any] = {
-                "record_id": record.record_id,
-                "source": record.source,
-                "licence": record.licence,
-                "split": split,
-            }
-            where |= {"unseen": record.record_id in validation}
-            texts = {"query": query, "positive": f.code, "negatives": [other.code for other in hard]}
-            choice = {"prompt": f.prompt, "chosen": f.body, "rejected": hard[0].body}
-            key = int(hashlib.sha256(f.code.encode()).hexdigest()[:15], 16)
-            pairs.append(where | texts | choice | {"pair_key": key})
-            seen.add(query)
+            if len(hard) == sizes.hard_negatives:
+                key = int(hashlib.sha256(f.code.encode()).hexdigest()[:15], 16)
+                texts = {"query": query, "positive": f.code, "negatives": [other.code for other in hard]}
+                choice = {"prompt": f.prompt, "chosen": f.body, "rejected": hard[0].body}
+                pairs.append(where | texts | choice | {"pair_key": key, "unseen": record.record_id in validation})
+                seen.add(query)
         if len(pairs) >= sizes.pairs:
             break
     return pairs[: sizes.pairs]
 
 
-def encode(pairs: Iterable[dict[str, Any]], model: Tokenizer, sizes: Auxiliary) -> list[dict[str, Any]]:
+def encode(pairs: Iterable[Pair], model: Tokenizer, sizes: Auxiliary) -> list[Pair]:
     """The pairs with query_ids, positive_ids and negative_ids, cut to `query_tokens` and `document_tokens`."""
     made = []
     for pair in pairs:
@@ -93,7 +87,7 @@ def encode(pairs: Iterable[dict[str, Any]], model: Tokenizer, sizes: Auxiliary) 
     return made
 
 
-def leakage(pairs: Iterable[dict[str, Any]]) -> int:
+def leakage(pairs: Iterable[Pair]) -> int:
     """Modules, queries and functions, negatives included, that both training and held-out pairs hold."""
     sides: dict[str, set[str]] = {"train": set(), "held_out": set()}
     for pair in pairs:

@@ -31,7 +31,7 @@ def generate(p: Params) -> list[dict[str, Any]]:
     pairs, tasks = min(8, (context - window) // (4 * PIECE)), []
     if pairs < 1:
         raise ValueError(
-            f"context {context} does not reach beyond the local window {window}: give every curriculum stage "
+            f"context {context} does not outrun the local window {window}: give every curriculum stage "
             f"{window + 4 * PIECE} tokens or more, or the model a smaller sliding_window"
         )
     for number in range(p.auxiliary.long_range_tasks):

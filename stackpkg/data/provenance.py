@@ -79,11 +79,11 @@ def assess(records: Sequence[Record], allowed: Sequence[str], ttl_seconds: int) 
     """The records with trust, time-to-live and allowed uses; `allowed` holds the prefixes of the allow-list's sources.
 
     To copy, every part of the licence must permit it; tools need a licence that is known. Agreement is that another
-    distribution holds the same content.
+    distribution, folder or file holds the same content.
     """
     origins, made = defaultdict(set), []
     for record in records:
-        origins[record.content_hash].add(record.source.partition("/")[0])
+        origins[record.content_hash].add(re.split("[/#]", record.source)[0])
     for record in records:
         parts = set(re.split(r" AND | OR |[()]", record.licence)) - {""}
         score = trust(record, allowed, agreement=len(origins[record.content_hash]) > 1)

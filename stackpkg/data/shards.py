@@ -37,9 +37,7 @@ def encode(model: Tokenizer, texts: list[str]) -> list[list[int]]:
 def check_stamp(name: str, found: str, expected: str) -> None:
     """Raises `ValueError` when a file was made with another tokenizer than the shards, or is another one."""
     if found != expected:
-        raise ValueError(
-            f"{name} has tokenizer {found[:16] or 'none'}, the shards {expected[:16]}: run 10 and 13 again"
-        )
+        raise ValueError(f"{name} has tokenizer {found[:16] or 'none'}, the shards {expected[:16]}: run 10 and 13")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -118,9 +116,7 @@ def _write(path: Path, parts: Iterable[list[int]], width: str, expected: str = "
     with runs.replacing(path) as temporary:
         np.concatenate([np.array(part, width) for part in parts]).tofile(temporary)
         if expected and runs.digest(temporary) != expected:
-            raise ValueError(
-                f"{path.name} rebuilt from the records differs from the manifest: the records have changed"
-            )
+            raise ValueError(f"{path.name} rebuilt from the records differs from the manifest: they have changed")
     return path
 
 
@@ -128,9 +124,8 @@ def verify(folder: Path) -> list[str]:
     """Names below `folder` of files that are missing or not the manifest's by SHA-256; empty when all is well."""
     manifest = runs.read_json(folder / "manifest.json")
     expected = {f"shards/{entry['name']}": entry["sha256"] for entry in manifest["shards"]}
-    for name, key in {"records": "records_sha256", "shards/index": "index_sha256"}.items():
-        expected[f"{name}.parquet"] = manifest[key]
-    expected["tokenizer.json"] = manifest[STAMP]
+    expected |= {"records.parquet": manifest["records_sha256"], "tokenizer.json": manifest[STAMP]}
+    expected |= {"shards/index.parquet": manifest["index_sha256"]}
     return [name for name, sha in expected.items() if not (folder / name).exists() or runs.digest(folder / name) != sha]
 
 

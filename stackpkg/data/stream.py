@@ -14,6 +14,7 @@ from stackpkg.data.curriculum import Plan
 from stackpkg.params import Params
 
 IGNORE = -100  # label of a token that is not trained on
+FILES = ("long_range.parquet", "pairs.parquet")
 Piece = tuple[int, int, int]  # document, first token inside it, tokens
 
 
@@ -60,9 +61,7 @@ class Stream:
         self.domains, self.manifest_digest = list(manifest["mixture"]), self.corpus.digest
         self.vocab_size, self.pad_id = int(manifest["vocab_size"]), int(manifest["pad_id"])
         self.plan = Plan(p, manifest["mixture"])
-        tasks, pairs = (
-            shards.read_ids(folder / f"{n}.parquet", manifest[shards.STAMP]) for n in ("long_range", "pairs")
-        )
+        tasks, pairs = (shards.read_ids(folder / name, manifest[shards.STAMP]) for name in FILES)
         self.tasks = {split: [task for task in tasks if task["split"] == split] for split in ("train", "held_out")}
         self.pairs = {split: self._padded([row for row in pairs if row["split"] == split]) for split in self.tasks}
         self._order = lru_cache(maxsize=64)(lambda n, *key: mixing.permutation(n, p.seed, *key))
@@ -71,9 +70,7 @@ class Stream:
     def _padded(self, pairs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         """query_ids[n, Lq], positive_ids[n, Ld], negative_ids[n, H, Ld], pair_key[n]."""
         if not pairs:
-            raise ValueError(
-                "pairs.parquet lacks training or held-out pairs: raise auxiliary.pairs, run notebook 13 again"
-            )
+            raise ValueError("pairs.parquet lacks training or held-out pairs: raise auxiliary.pairs, run 13 again")
 
         def pad(lists: list[list[int]], length: int) -> np.ndarray:
             return np.array([(ids + [self.pad_id] * length)[:length] for ids in lists], np.int64)
@@ -142,28 +139,21 @@ class Stream:
         found: list[dict[str, Any]] = []
         for i in range(step * self.plan.batch_rows, (step + 1) * self.plan.batch_rows):
             row, corpus = self.plan[i], self.corpus
-            about = {"row": i, "domain": self.plan.lanes[row.lane]}
+            about: dict[str, Any] = {"row": i, "domain": self.plan.lanes[row.lane]}
             if row.lane == len(self.domains):
-                place = {"shard": "long_range.parquet", "offset": 0, "tokens": row.context}
-                found.append(about | place | {"record_id": self._task("train", row.ordinal)["task_id"]})
+                about |= {"record_id": self._task("train", row.ordinal)["task_id"], "shard": FILES[0]}
+                found.append(about | {"offset": 0, "tokens": row.context})
                 continue
             for d, begin, count in self._pieces(row.lane, row.start, row.context):
-                place = {
-                    "shard": corpus.names[corpus.shard[d]],
-                    "offset": int(corpus.offset[d]) + begin,
-                    "tokens": count,
-                }
-                found.append(about | place | {"record_id": corpus.records[d]})
+                about |= {"record_id": corpus.records[d], "shard": corpus.names[corpus.shard[d]]}
+                found.append(about | {"offset": int(corpus.offset[d]) + begin, "tokens": count})
         return found
 
     def validation(self, domain: str, rows: int) -> list[dict[str, np.ndarray]]:
         """At most `rows` rows of a domain's held-out documents in the context of the first stage, the last padded."""
-        order, context = (
-            self.corpus.members.get(("validation", domain), np.empty(0, np.int64)),
-            self.p.curriculum[0].context,
-        )
-        ends = np.cumsum(self.corpus.tokens[order])
-        starts = range(0, min(rows * context, int(ends[-1]) if len(ends) else 0), context)
+        context, order = self.p.curriculum[0].context, self.corpus.members.get(("validation", domain), [])
+        ends = np.cumsum(self.corpus.tokens[order]) if len(order) else np.zeros(1, np.int64)
+        starts = range(0, min(rows * context, int(ends[-1])), context)
         ids = [self.corpus.read(self.corpus.span(order, ends, start, context)) for start in starts]
         return [self._text(part, self.domains.index(domain), context) for part in ids]
 

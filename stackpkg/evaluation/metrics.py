@@ -41,9 +41,7 @@ def _stack(rows: list[dict[str, np.ndarray]], name: str, device: torch.device) -
 def _losses(model: nn.Module, rows: list[dict[str, np.ndarray]], device: torch.device, moe: bool) -> dict[str, Any]:
     """Summed next-token loss and correct predictions over labelled positions of `rows`, and the router's logits."""
     labels = _stack(rows, "labels", device)[:, 1:]
-    outputs = model(
-        input_ids=_stack(rows, "input_ids", device), **({"output_router_logits": True} if moe else {})
-    )
+    outputs = model(input_ids=_stack(rows, "input_ids", device), **({"output_router_logits": True} if moe else {}))
     logits = outputs.logits[:, :-1].float()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
     answers = _stack(rows, "answer_mask", device)[:, 1:] & (labels >= 0)

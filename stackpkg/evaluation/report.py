@@ -68,5 +68,5 @@ def write(report: dict[str, Any], previous: dict[str, Any] | None, p: Params, ta
     snapshot = Report(metrics).run(current, reference)
     with replacing(target) as temporary:
         snapshot.save_html(str(temporary))
-    tests = [test for test in snapshot.dict()["tests"]]
+    tests = snapshot.dict()["tests"]
     return pd.DataFrame([{"test": t["name"], "status": t["status"].value, "finding": t["description"]} for t in tests])

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pandas import DataFrame
 from pydantic import Field, TypeAdapter
 
 from stackpkg import runs
 from stackpkg.params import Params, Section
-
-OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
+from stackpkg.training.snapshots import COMPARE
 
 
 class Check(Section):
@@ -45,7 +45,7 @@ def _run(check: Check, folder: runs.RunFolder, p: Params) -> dict[str, Any]:
     seen, limit = numbers.get(check.value), numbers.get(check.limit, check.limit)
     if isinstance(limit, str):
         limit = operator.attrgetter(limit[7:])(p) if limit.startswith("params.") else None
-    passed = isinstance(seen, int | float) and isinstance(limit, int | float) and OPERATORS[check.op](seen, limit)
+    passed = isinstance(seen, int | float) and isinstance(limit, int | float) and COMPARE[check.op](seen, limit)
     why = "" if passed else f"{check.evidence}: {check.value} is {seen}, must be {check.op} {limit}"
     return check.model_dump() | {"limit": limit, "seen": seen, "why": why}
 
@@ -75,7 +75,7 @@ def read(folder: runs.RunFolder) -> list[dict[str, Any]]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def board(items: list[dict[str, Any]]) -> runs.Table:
+def board(items: list[dict[str, Any]]) -> DataFrame:
     """One row per item: identifier, status, text, and why it is not green."""
-    rows: list[tuple[Any, ...]] = [(i["id"], i["status"], i["text"], "; ".join(i["reasons"])) for i in items]
-    return runs.Table(("item", "status", "what", "why not green"), rows)
+    rows = [(item["id"], item["status"], item["text"], "; ".join(item["reasons"])) for item in items]
+    return DataFrame(rows, columns=["item", "status", "what", "why not green"])

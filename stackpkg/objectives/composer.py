@@ -83,9 +83,13 @@ class Composer:
         self._chosen = chosen if self._chosen is None else self._chosen + chosen
 
     @torch.no_grad()
-    def after_step(self, group: dist.ProcessGroup | None = None) -> None:
-        """Once an optimiser step, on all ranks: reduce the counts, u <- decay u + (1 - decay) share, start anew."""
-        if self._chosen is None:
+    def after_step(self, applied: bool = True, group: dist.ProcessGroup | None = None) -> None:
+        """Once an optimiser step, on all ranks: reduce the counts, u <- decay u + (1 - decay) share, start anew.
+
+        A step whose update was skipped teaches nothing: its counts are dropped.
+        """
+        if self._chosen is None or not applied:
+            self._chosen = None
             return
         if dist.is_initialized():
             dist.all_reduce(self._chosen, group=group)

@@ -55,7 +55,7 @@ def info_nce(
     hard = torch.einsum("rd,rhd->rh", query, negatives) / tau
     scores = torch.cat((scores.masked_fill(same, -torch.inf), hard), 1)
     # -log [ e^(q.d+/tau) / ( sum_j e^(q.d_j/tau) + sum_h e^(q.n_h/tau) ) ]
-    return F.cross_entropy(scores.float(), target, reduction="sum")
+    return F.cross_entropy(scores, target, reduction="sum")
 
 
 def balance_divergence(usage: Tensor) -> Tensor:

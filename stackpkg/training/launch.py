@@ -79,7 +79,9 @@ def launch(
         write_json(job, spec)
     if p.layout.nodes > 1:
         line = " ".join(command(f"outbox/{folder.name}/checkpoints/{name}/job.json", p)[1:])
-        raise ValueError(f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository: python {line}")
+        raise ValueError(
+            f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository: python {line}"
+        )
     _stream(command(str(job), p), home / "log.txt", p.layout.timeout_minutes, quiet)
     if not done.exists():
         raise RuntimeError(f"{name}: the job ended without a report; its log is checkpoints/{name}/log.txt")

@@ -1,4 +1,4 @@
-"""Run a command that the kernel kills when its parent dies, so that a killed run leaves no orphan that goes on writing."""
+"""Run a command that the operating system kills with its parent: a killed run leaves no orphan that goes on writing."""
 
 import ctypes
 import os

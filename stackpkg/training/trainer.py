@@ -12,18 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainingArguments
-from transformers.distributed.checkpoint import _redistribute_state_dict
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
@@ -34,56 +25,24 @@ from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics, router_statistics
 from stackpkg.telemetry.rows import RowWriter
+from stackpkg.training import checkpoint
 from stackpkg.training.ema import ShardedEMA, local, reshard
+from stackpkg.training.loader import RankBatches, StreamDataset, collate
 from stackpkg.training.optim import effective_beta
 from stackpkg.training.recovery import SkipNonFinite, inject
 from stackpkg.training.snapshots import complete
-
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-class StreamDataset(Dataset):
-    """Row i of the stream as tensors."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {name: torch.as_tensor(value) for name, value in self.stream[row].items()}
-
-
-class RankBatches(Sampler[list[int]]):
-    """This rank's micro-batches: optimiser step t is rows [t B, (t+1) B) on any number of ranks, in the same order."""
-
-    def __init__(self, steps: int, batch_rows: int, accumulation: int, rank: int, ranks: int) -> None:
-        self.steps, self.batch_rows, self.accumulation, self.rank, self.ranks = (
-            steps, batch_rows, accumulation, rank, ranks,
-        )  # fmt: skip
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self.batch_rows // (self.accumulation * self.ranks)
-        for micro in range(len(self)):
-            start = (micro * self.ranks + self.rank) * size
-            yield list(range(start, start + size))
-
-
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class StackTrainer(Trainer):
     """Stock `Trainer` loop; overridden are the loader, the loss, the clip, evaluation and checkpoints."""
 
+    optimizer: Any  # set by Trainer before the first step
+    lr_scheduler: Any
+
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: TrainingArguments,
         p: Params,
         stream: Stream,
@@ -95,8 +54,11 @@ class StackTrainer(Trainer):
     ) -> None:
         # Trainer refuses to checkpoint a model sharded at load time (transformers 5.23); this class brings its own way.
         args.save_only_model = True
-        super().__init__(model=model, args=args, train_dataset=StreamDataset(stream), eval_dataset=StreamDataset(stream))
+        super().__init__(
+            model=model, args=args, train_dataset=StreamDataset(stream), eval_dataset=StreamDataset(stream)
+        )
         args.save_only_model = False
+        self.network = model  # what Trainer calls `self.model`, with a type
         self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
         self.p, self.stream, self.folder, self.name, self.attempt = p, stream, folder, name, attempt
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -115,7 +77,7 @@ class StackTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         t = self.p.training
         batches = RankBatches(self.args.max_steps, t.batch_rows, t.accumulation, self.rank, self.ranks)
-        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=collate)
+        return DataLoader(StreamDataset(self.stream), batch_sampler=batches, collate_fn=collate)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         start = time.perf_counter()
@@ -124,13 +86,14 @@ class StackTrainer(Trainer):
         return batches, count
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Units of the whole optimiser step over all ranks: every term is divided by these, so none depends on the split."""
+        """Units of the whole optimiser step over all ranks: every term is divided by these."""
         answers = sum((batch["answer_mask"][:, 1:] & (batch["labels"][:, 1:] >= 0)).sum() for batch in batch_samples)
         tokens = sum((batch["labels"][:, 1:] >= 0).sum() for batch in batch_samples)
         rows = sum(len(batch["labels"]) for batch in batch_samples)
         counts = torch.stack([torch.as_tensor(n, device=device) for n in (tokens, answers, rows)])
         dist.all_reduce(counts)
-        self.counts = StepCounts(*counts.tolist(), ranks=self.ranks)
+        tokens, answers, rows = counts.tolist()
+        self.counts = StepCounts(tokens, answers, rows, self.ranks)
         self._sequence = batch_samples[0]["labels"].shape[1]
         return counts[0]
 
@@ -179,10 +142,12 @@ class StackTrainer(Trainer):
         self.optimizer._is_overflow = self._update_skipped
         return norm
 
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *rest: Any, **more: Any) -> None:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *rest: Any, **more: Any
+    ) -> None:
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self.composer.after_step(applied=not self._update_skipped)
             if not self._update_skipped:
-                self.composer.after_step()
                 self.ema.update()
             self._row = self._measure(float(tr_loss), float(grad_norm), more["learning_rate"])
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *rest, **more)
@@ -202,9 +167,11 @@ class StackTrainer(Trainer):
         self._raw.clear()
         updates = step - self.skips.total
         if step == 1 or step % self.p.training.epoch_steps == 0:
-            probe = torch.as_tensor(self.stream.validation(self.stream.domains[0], 1)[0]["input_ids"])[None].to(self.args.device)
-            self._probed = model_statistics(self.model, probe)
-            reshard(self.model)
+            probe = torch.as_tensor(self.stream.validation(self.stream.domains[0], 1)[0]["input_ids"])[None].to(
+                self.args.device
+            )
+            self._probed = model_statistics(self.network, probe)
+            reshard(self.network)
         return {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -227,13 +194,15 @@ class StackTrainer(Trainer):
     @torch.no_grad()
     def _weight_norm(self) -> float:
         """L2 norm of all weights in fp64: equal before and after a skipped update, to the last bit."""
-        squares = torch.stack([local(parameter).double().square().sum() for parameter in self.model.parameters()]).sum()
+        squares = torch.stack(
+            [local(parameter).double().square().sum() for parameter in self.network.parameters()]
+        ).sum()
         dist.all_reduce(squares)
         replicas = self.ranks // min(self.p.layout.fsdp, self.ranks)
         return math.sqrt(float(squares) / replicas)
 
     def _write_row(self) -> None:
-        """Once a step, after its evaluation if it has one and before its checkpoint: a saved step never lacks its row."""
+        """Once a step, after its evaluation if it has one and before its checkpoint: no saved step lacks its row."""
         if not self._row:
             return
         row, self._row = self.rows.write(self.state.global_step, **self._row), {}
@@ -241,7 +210,9 @@ class StackTrainer(Trainer):
             step = self.state.global_step
             alerts = self.guard.observe(row)
             with (self.folder / "telemetry" / f"{self.name}.alerts.jsonl").open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps({"step": step, "attempt": self.attempt, **alert}) + "\n" for alert in alerts)
+                stream.writelines(
+                    json.dumps({"step": step, "attempt": self.attempt, **alert}) + "\n" for alert in alerts
+                )
             note = " update skipped" if self._update_skipped else ""
             fired = "".join(f" ! {alert['alert']}" for alert in alerts)
             shown = "loss {loss:8.4f}  norm {grad_norm:7.3f}  rate {learning_rate:.2e}  {tokens_per_second:6.0f} tok/s"
@@ -250,8 +221,8 @@ class StackTrainer(Trainer):
     # ---- evaluation, each epoch
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         epoch = -(-self.state.global_step // self.p.training.epoch_steps)
-        report = evaluate_epoch(self.model, self.stream, self.p, self.args.device, self.ema.swapped)
-        reshard(self.model)
+        report = evaluate_epoch(self.network, self.stream, self.p, self.args.device, self.ema.swapped)
+        reshard(self.network)
         report |= {"epoch": epoch, "step": self.state.global_step, "run": self.p.run, "attempt": self.attempt}
         if self.rank == 0:
             write_json(self.folder / "eval" / self.name / f"epoch_{epoch:03d}.json", report)
@@ -261,19 +232,10 @@ class StackTrainer(Trainer):
         return metrics
 
     # ---- checkpoints: one distributed checkpoint of weights, moments and average, complete or not there
-    def _tensors(self, optimizer: bool) -> dict[str, Any]:
-        state = {"model": get_model_state_dict(self.model), "ema": self.ema.shadow}
-        if optimizer:
-            state["optimizer"] = get_optimizer_state_dict(self.model, self._bare_optimizer(), options=FLAT)
-        return state
-
-    def _bare_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """An ordinary Hugging Face folder, gathered from the shards; a checkpoint (internal call) has its own form."""
         if not _internal_call:
-            self.model.save_pretrained(output_dir, is_main_process=self.rank == 0)
+            self.network.save_pretrained(str(output_dir), is_main_process=self.rank == 0)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._write_row()
@@ -281,32 +243,23 @@ class StackTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         dist.barrier()
         if self.rank == 0:
-            complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.state.global_step)
+            complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self.state.global_step)
         dist.barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        dcp.save(_redistribute_state_dict(self._tensors(optimizer=True)), checkpoint_id=Path(output_dir) / "dcp")
-        if self.rank == 0:
-            state = {
-                "scheduler": self.lr_scheduler.state_dict(),
-                "composer": self.composer.state_dict(),
-                "ema_updates": self.ema.updates,
-                "skips": [self.skips.total, self.skips.consecutive],
-                "guard": json.dumps(self.guard.state_dict()),
-            }
-            torch.save(state, Path(output_dir) / "state.pt")
+        scalars = {
+            "scheduler": self.lr_scheduler.state_dict(),
+            "composer": self.composer.state_dict(),
+            "ema_updates": self.ema.updates,
+            "skips": [self.skips.total, self.skips.consecutive],
+            "guard": json.dumps(self.guard.state_dict()),
+        }
+        checkpoint.save(Path(output_dir), self.network, self.optimizer.optimizer, self.ema, scalars)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None:
             return
-        reference = self._tensors(optimizer=True)
-        state = _redistribute_state_dict(reference)
-        dcp.load(state, checkpoint_id=Path(checkpoint) / "dcp")
-        state = _redistribute_state_dict(state, reference_state_dict=reference)
-        set_model_state_dict(self.model, state["model"])
-        set_optimizer_state_dict(self.model, self._bare_optimizer(), state["optimizer"], options=FLAT)
-        self.ema.load(state["ema"])
-        scalars = torch.load(Path(checkpoint) / "state.pt", weights_only=True)
+        scalars = checkpoint.load(Path(folder), self.network, self.optimizer.optimizer, self.ema)
         self.lr_scheduler.load_state_dict(scalars["scheduler"])
         self.composer.load_state_dict(scalars["composer"])
         self.ema.updates = scalars["ema_updates"]
