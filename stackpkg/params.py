@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -216,13 +216,15 @@ def _section(path: tuple[str | int, ...]) -> Any:
             here = here.model_fields[part].annotation if part in here.model_fields else None
         elif get_origin(here) is list:
             here = get_args(here)[0]
-    return here
+        else:
+            here = None
+    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
 
 
 def _range(path: tuple[str | int, ...]) -> str:
     """The whole allowed range of a bounded field, as `; allowed: > 0, <= 1`."""
     section = _section(path[:-1])
-    field = section.model_fields.get(path[-1]) if section else None
+    field = section.model_fields.get(path[-1]) if section and path else None
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [
         f"{s} {getattr(m, n):g}" for m in (field.metadata if field else ()) for n, s in signs.items() if hasattr(m, n)

@@ -57,12 +57,12 @@ def _answer(study: optuna.Study, trial: optuna.Trial, p: Params, folder: RunFold
         study.tell(trial, state=TrialState.FAIL)
         return
     report = read_json(folder.path / "eval" / name / "epoch_001.json")
-    entropies = [layer["entropy"] for layer in report["router"]]
+    entropies = [float(layer["entropy"]) for layer in report["router"]]  # strict JSON holds "NaN" as a string
     low, high = p.evaluation.entropy_band
     trial.set_user_attr("feasible", all(low <= entropy <= high for entropy in entropies))
     trial.set_user_attr("router_entropy", min(entropies, default=None))
     trial.set_user_attr("precision_at_k", report["precision_at_k"])
-    study.tell(trial, report["validation_loss"])
+    study.tell(trial, float(report["validation_loss"]))  # a NaN is told as a failure
 
 
 def run(p: Params, folder: RunFolder) -> optuna.Study:
@@ -85,5 +85,5 @@ def winner(study: optuna.Study) -> dict[str, Any]:
     if not feasible:
         seen = [trial.user_attrs.get("router_entropy") for trial in done]
         raise ValueError(f"no trial kept the router entropy in its band; seen {seen}; widen the sweep or the band")
-    best = min(feasible, key=lambda trial: trial.value or float("inf"))
+    best = min(feasible, key=lambda trial: float("inf") if trial.value is None else trial.value)
     return {"trial": best.number, "validation_loss": best.value, "factors": best.params}

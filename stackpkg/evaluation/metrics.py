@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stackpkg.data.stream import Stream
 from stackpkg.model.retrieval import embed
 from stackpkg.params import Params
-from stackpkg.telemetry.probes import normalised_entropy
+from stackpkg.telemetry.probes import normalised_entropy, routed
 
 
 def ranking(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, float]:
@@ -27,7 +27,7 @@ def ranking(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, float
     order = np.lexsort((relevant, -scores), axis=1)
     hits = np.take_along_axis(relevant, order, 1)
     return {
-        f"precision_at_{k}": float(hits[:, :k].mean()),
+        f"precision_at_{k}": float((hits[:, :k].sum(1) / k).mean()),
         f"recall_at_{k}": float((hits[:, :k].sum(1) / relevant.sum(1)).mean()),
         "mrr": float((1 / (hits.argmax(1) + 1)).mean()),
     }
@@ -83,8 +83,9 @@ def evaluate_epoch(
     Every rank evaluates the same rows, so that sharded parameters are gathered equally often on all of them.
     """
     model.eval()
-    moe = bool(getattr(model.config, "num_experts", 0) or getattr(model.config, "num_local_experts", 0))
-    rows = {name: stream.validation(name, p.evaluation.rows) for name in stream.domains}
+    moe = routed(model.config)
+    # a domain of one document holds nothing out
+    rows = {name: held for name in stream.domains if (held := stream.validation(name, p.evaluation.rows))}
     parts = {name: _losses(model, batch, device, moe) for name, batch in rows.items()}
     far = _losses(model, stream.long_range_rows(p.evaluation.rows), device, moe)
     pairs = stream.validation_pairs(p.evaluation.pairs)

@@ -47,14 +47,15 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def gate(values: dict[str, float], limits: dict[str, tuple[str, float]]) -> list[str]:
+def gate(values: dict[str, Any], limits: dict[str, tuple[str, float]]) -> list[str]:
     """The limits a candidate missed, one line each; empty means it may be promoted.
 
-    `limits` maps a name to (comparison, limit). A value that is missing or not a number misses its limit.
+    `limits` maps a name to (comparison, limit). A value that is missing, null or not a number misses its limit.
     """
     missed = []
     for name, (comparison, limit) in limits.items():
-        value = values.get(name, float("nan"))
+        given = values.get(name)
+        value = float("nan") if given is None else float(given)  # strict JSON holds "NaN" as a string
         if not COMPARE[comparison](value, limit):  # false for NaN as well
             missed.append(f"{name} is {value:g}, must be {comparison} {limit:g}")
     return missed
@@ -77,11 +78,10 @@ def promote(artifacts: Path, candidate: Path, version: str, values: dict[str, fl
     if missed:
         _enter(artifacts, {"event": "refused", "version": version, "missed": missed}, _registry(artifacts)["current"])
         return False
-    target = artifacts / version
-    if target.exists():
-        shutil.rmtree(target)
-    temporary = artifacts / f".{version}"
+    target, temporary = artifacts / version, artifacts / f".{version}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a copy that was interrupted
     shutil.copytree(candidate, temporary)
+    shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     _enter(artifacts, {"event": "promoted", "version": version, "sha256": digest(target), "values": values}, version)
     return True
@@ -90,8 +90,11 @@ def promote(artifacts: Path, candidate: Path, version: str, values: dict[str, fl
 def demote(artifacts: Path, reason: str) -> str | None:
     """Make the version promoted before the current one current again; returns it, None when there is none."""
     registry = _registry(artifacts)
-    demoted = {entry["version"] for entry in registry["history"] if entry["event"] == "demoted"} | {registry["current"]}
-    earlier = [e["version"] for e in registry["history"] if e["event"] == "promoted" and e["version"] not in demoted]
+    line: list[str] = []  # versions in the order of their last promotion, those demoted since taken out
+    for event in registry["history"]:
+        if event["event"] != "refused":
+            line = [v for v in line if v != event["version"]] + [event["version"]] * (event["event"] == "promoted")
+    earlier = [version for version in line if version != registry["current"]]
     current = earlier[-1] if earlier else None
     _enter(artifacts, {"event": "demoted", "version": registry["current"], "reason": reason}, current)
     return current

@@ -23,7 +23,7 @@ from stackpkg.objectives.composer import Composer, StepCounts
 from stackpkg.params import Params
 from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
-from stackpkg.telemetry.probes import model_statistics, router_statistics
+from stackpkg.telemetry.probes import model_statistics, routed, router_statistics
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import checkpoint
 from stackpkg.training.ema import ShardedEMA, local, reshard
@@ -63,7 +63,7 @@ class StackTrainer(Trainer):
         self.p, self.stream, self.folder, self.name, self.attempt = p, stream, folder, name, attempt
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.composer = Composer(p.objectives, top_k=getattr(model.config, "num_experts_per_tok", 1))
-        self.moe = bool(getattr(model.config, "num_experts", 0) or getattr(model.config, "num_local_experts", 0))
+        self.moe = routed(model.config)
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = SkipNonFinite(), guard, faults
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)

@@ -1,0 +1,144 @@
+"""Retrieval metrics against a definition, and the evaluation of an epoch on a small model and real rows."""
+
+import math
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from data_corpus import corpus, profile
+from hypothesis import given
+from hypothesis import strategies as st
+from test_probes import QWEN, STACK
+
+from stackpkg import params
+from stackpkg.data.stream import Stream
+from stackpkg.evaluation.metrics import evaluate_epoch, ranking, router_balance
+from stackpkg.model import build
+
+
+def by_definition(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, float]:
+    """One query at a time: a relevant document stands behind everything else that scores as high."""
+    precision, recall, reciprocal = [], [], []
+    for row, good in zip(scores.tolist(), relevant.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda d: (-row[d], good[d]))
+        hits = [good[d] for d in order]
+        precision.append(sum(hits[:k]) / k)
+        recall.append(sum(hits[:k]) / sum(good))
+        reciprocal.append(1 / (1 + hits.index(True)))
+    parts = {f"precision_at_{k}": precision, f"recall_at_{k}": recall, "mrr": reciprocal}
+    return {name: sum(values) / len(values) for name, values in parts.items()}
+
+
+def test_a_ranking_worked_out_by_hand() -> None:
+    scores = np.array([[0.9, 0.8, 0.1, 0.0], [0.2, 0.9, 0.7, 0.1], [0.5, 0.4, 0.3, 0.2]])
+    relevant = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]], bool)
+    # first: rank 1; second: rank 3; third: ranks 2 and 4
+    assert ranking(scores, relevant, 1) == pytest.approx(
+        {"precision_at_1": 1 / 3, "recall_at_1": 1 / 3, "mrr": (1 + 1 / 3 + 1 / 2) / 3}
+    )
+    assert ranking(scores, relevant, 2) == pytest.approx(
+        {"precision_at_2": (1 / 2 + 0 + 1 / 2) / 3, "recall_at_2": (1 + 0 + 1 / 2) / 3, "mrr": 11 / 18}
+    )
+    assert ranking(scores, relevant, 4)["recall_at_4"] == 1.0
+
+
+def test_ties_count_against_the_system() -> None:
+    relevant = np.array([[1, 0, 0]], bool)
+    assert ranking(np.array([[0.7, 0.7, 0.1]]), relevant, 1)["precision_at_1"] == 0.0
+    assert ranking(np.array([[0.7, 0.7, 0.1]]), relevant, 2)["mrr"] == 0.5
+    assert ranking(np.array([[0.7, 0.6999, 0.1]]), relevant, 1)["precision_at_1"] == 1.0
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0, -3.0, math.nan])
+def test_constant_scores_never_look_good(constant: float) -> None:
+    for relevant in (np.eye(20, dtype=bool), np.eye(20, dtype=bool)[::-1]):
+        found = ranking(np.full((20, 20), constant), relevant, 1)
+        assert found == pytest.approx({"precision_at_1": 0.0, "recall_at_1": 0.0, "mrr": 1 / 20})
+
+
+def test_a_query_without_a_relevant_document_is_refused() -> None:
+    with pytest.raises(ValueError, match="every query needs"):
+        ranking(np.ones((2, 3)), np.array([[1, 0, 0], [0, 0, 0]], bool), 1)
+
+
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 9), st.data())
+def test_a_ranking_is_what_its_definition_says(queries: int, documents: int, k: int, data: st.DataObject) -> None:
+    values = st.lists(st.integers(0, 3), min_size=queries * documents, max_size=queries * documents)
+    scores = np.array(data.draw(values), float).reshape(queries, documents)
+    relevant = np.array(data.draw(values)).reshape(queries, documents) == 0
+    relevant[:, data.draw(st.integers(0, documents - 1))] = True
+    assert ranking(scores, relevant, k) == pytest.approx(by_definition(scores, relevant, k))
+
+
+def test_router_balance_counts_choices_and_sums_to_one() -> None:
+    always = torch.tensor([[9.0, 8.0, 0.0, 0.0]]).repeat(10, 1)
+    evenly = torch.eye(4).repeat(5, 1) * 20 + torch.eye(4).roll(1, 1).repeat(5, 1) * 10
+    both = router_balance([always, evenly], top_k=2)
+    assert both[0]["usage"] == pytest.approx([0.5, 0.5, 0, 0]) and both[1]["usage"] == pytest.approx([0.25] * 4)
+    assert router_balance([always], top_k=1)[0]["usage"] == [1.0, 0.0, 0.0, 0.0]
+    assert all(sum(layer["usage"]) == pytest.approx(1) and 0 <= layer["entropy"] <= 1 for layer in both)
+    assert router_balance([torch.zeros(6, 4)], top_k=1)[0]["entropy"] == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def stream() -> Stream:
+    return Stream(corpus(), profile())
+
+
+def evaluated(model: torch.nn.Module, stream: Stream, **changes: object) -> dict:
+    calls = []
+
+    @contextmanager
+    def averaged():
+        calls.append("in")
+        kept = model.lm_head.weight.detach().clone()
+        with torch.no_grad():
+            model.lm_head.weight.zero_()  # every token equally likely: log(vocabulary) nats
+        yield
+        with torch.no_grad():
+            model.lm_head.weight.copy_(kept)
+        calls.append("out")
+
+    report = evaluate_epoch(model, stream, profile(**changes), torch.device("cpu"), averaged)
+    assert calls == ["in", "out"] and model.training
+    return report
+
+
+def test_an_epoch_of_a_stack_model(stream: Stream) -> None:
+    model = build(params.Model(config=STACK), stream.vocab_size, stream.pad_id, 3)
+    report = evaluated(model, stream, evaluation={"rows": 3, "pairs": 8, "k": 2})
+    expected = {}
+    model.eval()
+    for domain in stream.domains:  # the plain definition: the mean over tokens that transformers computes
+        rows = stream.validation(domain, 3)
+        ids, labels = (torch.as_tensor(np.stack([row[name] for row in rows])) for name in ("input_ids", "labels"))
+        expected[domain] = float(model(input_ids=ids, labels=labels).loss)
+    assert report["validation_loss_by_domain"] == pytest.approx(expected, rel=1e-5)
+    assert report["validation_loss"] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-5)
+    assert report["ema_validation_loss"] == pytest.approx(math.log(stream.vocab_size), rel=1e-5)
+    assert report["k"] == 2 and 0 <= report["precision_at_k"] <= 0.5 and report["recall_at_k"] <= 1
+    assert report["pairs"] == len(stream.validation_pairs(8)["pair_key"]) > 1
+    answers = sum(int(row["answer_mask"].sum()) for row in stream.long_range_rows(3))
+    assert report["long_range_answers"] == answers > 0 and 0 <= report["long_range_accuracy"] <= 1
+    assert len(report["router"]) == 2
+    for layer in report["router"]:
+        assert len(layer["usage"]) == 4 and sum(layer["usage"]) == pytest.approx(1) and 0 < layer["entropy"] <= 1
+
+
+def test_an_epoch_of_other_models(stream: Stream) -> None:
+    mixture = build(params.Model(kind="auto", config=QWEN), stream.vocab_size, stream.pad_id, 3)
+    assert [len(layer["usage"]) for layer in evaluated(mixture, stream)["router"]] == [4, 4]
+    alone = STACK | {"num_experts": 1, "num_experts_per_tok": 1}  # one expert is a dense network: nothing is routed
+    dense = build(params.Model(config=alone), stream.vocab_size, stream.pad_id, 3)
+    report = evaluated(dense, stream)
+    assert report["router"] == [] and math.isfinite(report["validation_loss"])
+
+
+def test_a_domain_that_holds_nothing_out_is_left_out(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Stream.validation
+    monkeypatch.setattr(Stream, "validation", lambda self, name, n: [] if name == "docs" else held(self, name, n))
+    model = build(params.Model(config=STACK), stream.vocab_size, stream.pad_id, 3)
+    report = evaluated(model, stream)
+    assert list(report["validation_loss_by_domain"]) == ["code"]
+    assert report["validation_loss"] == report["validation_loss_by_domain"]["code"]

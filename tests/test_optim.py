@@ -1,0 +1,90 @@
+"""The schedule is the one transformers runs; what is documented of moments and Robbins-Monro holds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments, get_scheduler
+
+from stackpkg import params
+from stackpkg.params import Optimization
+from stackpkg.training.optim import effective_beta, learning_rates, robbins_monro, training_arguments
+
+
+def scheduled(o: Optimization, steps: int) -> list[float]:
+    """Learning rates of a real optimiser under the scheduler that `training_arguments` names."""
+    given = training_arguments(params.validate({"optimization": o.model_dump()}), Path("unused"), steps)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=given["learning_rate"])
+    scheduler = get_scheduler(
+        given["lr_scheduler_type"],
+        optimizer,
+        given["warmup_steps"],
+        given["max_steps"],
+        scheduler_specific_kwargs=given["lr_scheduler_kwargs"],
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "floor"),
+    [
+        (3, 12, 3e-4),
+        (0, 12, 1e-5),  # no warm-up: the first step is at the peak
+        (8, 50, 0.0),
+        (5, 5, 1e-4),  # the run ends with its warm-up
+        (8_000, 10, 1e-5),  # the run ends inside its warm-up
+        (0, 1, 1e-5),
+        (1, 40, 3e-3),  # floor = peak: constant
+    ],
+)
+def test_learning_rates_are_those_of_the_scheduler(warmup: int, steps: int, floor: float) -> None:
+    o = Optimization(learning_rate=3e-3, warmup_steps=warmup, floor=floor)
+    rates = learning_rates(o, steps)
+    assert rates.shape == (steps,) and rates.dtype == np.float64
+    np.testing.assert_allclose(rates, scheduled(o, steps), rtol=1e-12, atol=0)
+
+
+def test_robbins_monro_needs_a_floor() -> None:
+    held, let_go = (Optimization(learning_rate=1e-2, warmup_steps=5, floor=floor) for floor in (1e-4, 0.0))
+    found = robbins_monro(held, 100)
+    rates = learning_rates(held, 100)
+    assert found["sum"] == pytest.approx(rates.sum()) and found["sum_of_squares"] == pytest.approx((rates**2).sum())
+    assert found["diverges"] and found["bounded"]
+    # ten times the steps: the sum grows by the floor's share at least, and the mean square stays below the peak's
+    longer = robbins_monro(held, 1_000)
+    assert longer["sum"] - found["sum"] >= held.floor * 900 and longer["bounded"]
+    assert not robbins_monro(let_go, 100)["diverges"] and robbins_monro(let_go, 100)["bounded"]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.95, 0.999])
+def test_effective_beta_is_the_weight_of_the_past_in_adam(beta: float) -> None:
+    gradients = np.random.default_rng(1).normal(size=50)
+    assert effective_beta(beta, 0) == 0.0  # nothing was updated yet
+    moment, corrected = 0.0, 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        before = corrected
+        moment = beta * moment + (1 - beta) * gradient
+        corrected = moment / (1 - beta**t)
+        share = effective_beta(beta, t)
+        # m^_t = share m^_(t-1) + (1 - share) g_t
+        assert corrected == pytest.approx(share * before + (1 - share) * gradient, abs=1e-12)
+    assert effective_beta(beta, 100_000) == pytest.approx(beta)
+
+
+def test_training_arguments_divide_the_batch_and_hide_no_nan(tmp_path: Path) -> None:
+    layout, training = {"processes": 4, "fsdp": 2}, {"batch_rows": 24, "accumulation": 3}
+    p = params.validate({"layout": layout, "training": training, "optimization": {"betas": (0.8, 0.9), "clip": 0.5}})
+    made = TrainingArguments(**training_arguments(p, tmp_path, 7), use_cpu=True)
+    assert made.logging_nan_inf_filter is False and made.logging_steps == 1
+    assert made.per_device_train_batch_size == 2 and made.gradient_accumulation_steps == 3
+    assert 4 * made.per_device_train_batch_size * made.gradient_accumulation_steps == p.training.batch_rows
+    assert (made.adam_beta1, made.adam_beta2, made.max_grad_norm, made.max_steps) == (0.8, 0.9, 0.5, 7)
+    assert made.report_to == [] and made.optim == "adamw_torch_fused"
+    factored = params.validate({"optimization": {"optimizer": "adafactor"}})
+    assert TrainingArguments(**training_arguments(factored, tmp_path, 7), use_cpu=True).optim == "adafactor"
