@@ -35,7 +35,7 @@ def _folder(path: Path) -> RunFolder:
         _stop(
             f"{path} is not a run's folder; runs here: {', '.join(name for name in there if name[0] != '.') or 'none'}"
         )
-    if path.resolve().parent != root() / "outbox":
+    if path.resolve().parent != (root() / "outbox").resolve():
         _stop(f"{path} is not in {root().name}/outbox")
     return RunFolder(path.resolve().name)
 
@@ -58,6 +58,8 @@ def run(
         sealed = pipeline.run(p, sys.stdout, first=first, only=only, force=force, dry_run=dry_run)
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to go on where it stopped")
+    except (OSError, ValueError) as error:  # before a notebook ran, or after the last one
+        _stop(error)
     except Exception as error:
         kept = f"The executed notebook is kept in outbox/{p.run}/nb/"
         _stop(f"{error}\n\n{kept}; the same command goes on at the failed stage.")
@@ -117,8 +119,9 @@ def sign(
     """Sign the sealed run for one role."""
     from stackpkg.governance import seal
 
+    folder = _folder(path)
     try:
-        written = seal.sign(_folder(path).path, role, key, reviewer, decision, tuple(condition or ()))
+        written = seal.sign(folder.path, role, key, reviewer, decision, tuple(condition or ()))
     except (OSError, ValueError, RuntimeError) as error:
         _stop(error)
     typer.echo(f"wrote {written.name} and {written.name}.sig")
@@ -129,8 +132,9 @@ def book(path: Folder) -> None:
     """Build the book of a run: opens from its folder, needs no server and no network."""
     from stackpkg import book as books
 
+    folder = _folder(path)
     try:
-        index = books.build(_folder(path).name)
+        index = books.build(folder.name)
     except (OSError, ValueError, RuntimeError) as error:
         _stop(error)
     typer.echo(f"the book: {index.relative_to(root())}")

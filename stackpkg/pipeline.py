@@ -25,7 +25,7 @@ import yaml
 
 from stackpkg.governance.seal import finish
 from stackpkg.params import Params, assigned
-from stackpkg.runs import RunFolder, digest, environment, now, read_json, root, write_json, write_text
+from stackpkg.runs import RunFolder, digest, environment, now, portable, read_json, root, write_json, write_text
 
 SOURCE = re.compile(r"(params|book|governance)/[\w./-]+")
 MODULE = re.compile(r"stackpkg(\.\w+)*")
@@ -134,7 +134,7 @@ def reason_to_run(stage: Stage, p: Params, folder: RunFolder) -> str:
 
 @contextmanager
 def exclusive(name: str) -> Iterator[None]:
-    """Hold the run `name`; raises `RuntimeError` when another process holds it. The kernel frees it at death."""
+    """Hold the run `name`; raises `BlockingIOError` when another process holds it. The kernel frees it at death."""
     path = root() / "outbox" / ".locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as stream:
@@ -143,7 +143,7 @@ def exclusive(name: str) -> Iterator[None]:
         except OSError:
             stream.seek(0)
             holder = stream.read() or "unknown"
-            raise RuntimeError(
+            raise BlockingIOError(
                 f"run {name!r} is being executed by process {holder}; wait for it, stop it, or give another --run"
             ) from None
         stream.truncate(0)
@@ -208,10 +208,10 @@ def execute(stage: Stage, p: Params, folder: RunFolder, stream: TextIO) -> dict[
 
 
 def _scrub(output: Path, source: Path) -> None:
-    """Paths of this machine out of papermill's metadata: the archive is read elsewhere."""
+    """Paths of this machine out of papermill's metadata and of what the cells printed."""
     notebook = nbformat.read(output, as_version=4)
     notebook.metadata["papermill"] |= {"input_path": source.name, "output_path": output.name}
-    write_text(output, nbformat.writes(notebook) + "\n")
+    write_text(output, portable(nbformat.writes(notebook)) + "\n")
 
 
 def select(first: str | None, only: str | None) -> list[Stage]:
@@ -240,6 +240,7 @@ def run(
     Raises what a notebook raised, after keeping its executed copy and its record.
     """
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found,ignore:Mismatch dtype")  # told to nobody
     chosen = select(first, only)
     folder = RunFolder(p.run)
     with exclusive(p.run):
@@ -259,6 +260,6 @@ def run(
             record = execute(stage, p, folder, stream)
             done = read_json(folder.path / "lock" / f"{stage.name}.json")
             stream.write(f"{'':8}{record['state']} in {done['seconds']:.1f} s\n")
-        if dry_run or any(lock_of(folder, stage.name)["state"] != "ok" for stage in stages()):
+        if dry_run or any(reason_to_run(stage, p, folder) for stage in stages()):
             return None
         return finish(folder, p)

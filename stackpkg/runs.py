@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,13 @@ def digest(path: Path) -> str:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def portable(text: str) -> str:
+    """`text` without the paths of this machine: the archive is read elsewhere."""
+    for path, name in ((root(), "."), (sys.prefix, "ENVIRONMENT"), (sys.base_prefix, "PYTHON"), (Path.home(), "~")):
+        text = text.replace(f"{path}{os.sep}", f"{name}{os.sep}")
+    return text
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -168,7 +168,8 @@ def test_canary_stock_trainer_scales_its_auxiliary_loss_with_accumulation(tmp_pa
         model.loss_function = lambda logits, *_, **__: logits.sum() * 0.0  # the auxiliary term alone
         arguments = TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
-            max_steps=1, learning_rate=0.0, max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
+            max_steps=1, learning_rate=0.0, max_grad_norm=0.0, use_cpu=True, save_strategy="no",
+            report_to=[], disable_tqdm=True,
         )  # fmt: skip
         data = [{"input_ids": row, "labels": row}] * 8
         Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Gate()]).train()

@@ -42,7 +42,9 @@ class MeasuredCalculation(SingleValueCalculation[Measured]):
 def flat(report: dict[str, Any]) -> dict[str, float]:
     """The numbers of an epoch report under one level of names; strict JSON holds those not finite as strings."""
     strings = ("NaN", "Infinity", "-Infinity")
-    numbers = {key: float(value) for key, value in report.items() if isinstance(value, (int, float)) or value in strings}
+    numbers = {
+        key: float(value) for key, value in report.items() if isinstance(value, (int, float)) or value in strings
+    }
     numbers |= {f"validation_loss_{name}": float(value) for name, value in report["validation_loss_by_domain"].items()}
     for index, layer in enumerate(report["router"]):
         numbers[f"router_entropy_layer_{index}"] = float(layer["entropy"])

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from stackpkg.params import Params
-from stackpkg.runs import RunFolder, digest, read_json, root, write_json
+from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_json
 
-WORKER = "stackpkg.training.worker"
+TETHER, WORKER = "stackpkg.training.tether", "stackpkg.training.worker"
 FOLDERS = ("checkpoints", "telemetry", "eval")
 
 
@@ -29,7 +29,7 @@ def command(job: str, p: Params) -> list[str]:
     where = ["--standalone"] if layout.nodes == 1 else ["--rdzv-backend=c10d", "--rdzv-endpoint=$HEAD_NODE:29500"]
     per_node = layout.processes // layout.nodes
     options = [f"--nnodes={layout.nodes}", f"--nproc-per-node={per_node}", f"--max-restarts={layout.restarts}", *where]
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", WORKER, job]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", TETHER, "-m", WORKER, job]
 
 
 def describe(name: str, p: Params, folder: RunFolder, steps: int, faults: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -50,11 +50,12 @@ def _start_fresh(folder: RunFolder, name: str) -> None:
     """Move what an earlier, other job of this name left to outbox/.previous/, where one generation is kept."""
     kept = root() / "outbox" / ".previous" / folder.name / name
     shutil.rmtree(kept, ignore_errors=True)
-    for part in FOLDERS:
-        old = folder.path / part / name
+    places = {part: folder.path / part / name for part in FOLDERS}
+    places |= {end: folder.path / f"telemetry/{name}.{end}" for end in ("parquet", "alerts.jsonl")}
+    for place, old in places.items():
         if old.exists():
             kept.mkdir(parents=True, exist_ok=True)
-            old.rename(kept / part)
+            old.rename(kept / place)
 
 
 def launch(
@@ -82,19 +83,24 @@ def launch(
         raise ValueError(
             f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository: python {line}"
         )
-    _stream(command(str(job), p), home / "log.txt", p.layout.timeout_minutes, quiet)
+    _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
     if not done.exists():
         raise RuntimeError(f"{name}: the job ended without a report; its log is checkpoints/{name}/log.txt")
     return read_json(done)
 
 
-def _stream(arguments: list[str], log: Path, minutes: float, quiet: bool) -> None:
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
+def _stream(arguments: list[str], log: Path, p: Params, shown: str) -> None:
+    """Run to the end; everything goes to `log`, lines that start with `shown` to the reader as well."""
+    minutes = p.layout.timeout_minutes
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root()), os.environ.get("PYTHONPATH"))))
+    if not p.model.name_or_path:
+        environment["HF_HUB_OFFLINE"] = "1"
     environment |= {"DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "stackpkg.training.tether", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+        [arguments[0], "-m", TETHER, *arguments[1:]],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        encoding="utf-8", errors="replace",
     )  # fmt: skip
     late = threading.Event()
 
@@ -108,9 +114,10 @@ def _stream(arguments: list[str], log: Path, minutes: float, quiet: bool) -> Non
     try:
         with log.open("a", encoding="utf-8") as record:
             for line in process.stdout or ():
+                line = portable(line)
                 record.write(line)
                 lines.append(line)
-                if not quiet and line.startswith("["):
+                if shown and line.startswith(shown):
                     print(line, end="", flush=True)
         code = process.wait()
     finally:

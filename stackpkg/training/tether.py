@@ -1,4 +1,7 @@
-"""Run a command that the operating system kills with its parent: a killed run leaves no orphan that goes on writing."""
+"""Run Python so that the operating system kills it with its parent: a killed run leaves no orphan that goes on writing.
+
+`python -m stackpkg.training.tether ARGUMENTS` is `python ARGUMENTS`, tethered before its long imports begin.
+"""
 
 import ctypes
 import os
@@ -14,4 +17,4 @@ def die_with_parent() -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606  the caller's own list, no shell
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])  # noqa: S606  the caller's own list, no shell

@@ -20,7 +20,6 @@ from stackpkg.telemetry import rows
 from stackpkg.telemetry.guard import Guard
 from stackpkg.training import layout, snapshots
 from stackpkg.training.optim import training_arguments
-from stackpkg.training.tether import die_with_parent
 from stackpkg.training.trainer import StackTrainer
 
 
@@ -95,7 +94,6 @@ def run(job_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     run(Path(sys.argv[1]).resolve())

@@ -1,0 +1,225 @@
+"""What a person types: every answer is plain, and a wrong word ends with status 1 and never with a traceback."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from stackpkg import cli, params, pipeline, runs
+from stackpkg.governance import checklist, seal
+
+ROOT = Path(__file__).parents[1]
+ITEM = {"id": "D1", "text": "Curate.", "status": "red", "reasons": ["10_curate_corpus: documents is 0, must be > 0"]}
+needs_keys = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="ssh-keygen is not installed")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with the real notebooks and profiles, and an outbox of its own."""
+    for module in (runs, cli, pipeline):
+        monkeypatch.setattr(module, "root", lambda: tmp_path)
+    for name in ("notebooks", "params", "governance"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "outbox").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place: Path) -> Path:
+    """A small run, sealed and signed with demonstration keys."""
+    folder = runs.RunFolder("demo")
+    runs.write_text(folder / "config/params.yaml", "seed: 17\n")
+    runs.write_json(folder / "evidence/10_curate_corpus.json", {"documents": 3})
+    p = params.validate({"run": "demo", "governance": {"demonstration_keys": True}})
+    assert seal.finish(folder, p)["problems"] == []
+    return folder.path
+
+
+def call(*arguments: object) -> Result:
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def test_help_names_every_command() -> None:
+    assert {"run", "status", "verify", "sign", "book"} <= set(call("--help").output.split())
+
+
+# --- run
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sed: 3\n", "sed: unknown key; did you mean 'seed'? allowed: run, seed, data"),
+        ("training: {epoch_steps: 0}\n", "training.epoch_steps: Input should be greater than or equal to 1; given 0"),
+        ("training: {batch_rows: 3}\n", "training.batch_rows = 3 is not a multiple of"),
+        ("data: {sources: [{kind: jsonl}]}\n", "needs `path`: a file, a folder or a datasets id"),
+        ("seed: [1\n", "is not YAML"),
+        ("- 1\n", "must hold a mapping"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_bad_profile_stops_before_anything_runs(place: Path, text: str | None, expected: str) -> None:
+    if text is not None:
+        runs.write_text(place / "bad.yaml", text)
+    done = call("run", "bad.yaml")
+    assert done.exit_code == 1 and expected in done.stderr
+    assert list((place / "outbox").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--run", "No Spaces"), "run: String should match pattern"),
+        (("--from", "77"), "no notebook starts with '77'; there are: 00_check_readiness"),
+        (("--only", "train"), "31_train"),
+    ],
+)
+def test_a_bad_option_says_what_is_allowed_and_nothing_else(
+    place: Path, options: tuple[str, str], expected: str
+) -> None:
+    done = call("run", "params/smoke.yaml", *options)
+    assert done.exit_code == 1 and expected in done.stderr
+    assert "executed notebook is kept" not in done.stderr, "nothing was executed"
+
+
+def test_a_dry_run_names_every_stage_in_order_and_runs_none(place: Path) -> None:
+    done = call("run", "params/smoke.yaml", "--dry-run", "--run", "elsewhere")
+    assert done.exit_code == 0, done.output
+    lines, stages = done.stdout.splitlines(), [stage.name for stage in pipeline.stages()]
+    assert [line.split("] ")[1].split()[0] for line in lines] == stages
+    assert all(line.endswith("would run: never ran") for line in lines) and len(lines) == len(stages) >= 17
+    assert runs.files_below(place / "outbox/elsewhere") == []
+    one = call("run", "params/smoke.yaml", "--dry-run", "--only", "31")
+    assert one.stdout.splitlines() == ["[ 1/1] 31_train                   would run: never ran"]
+    rest = call("run", "params/smoke.yaml", "--dry-run", "--from", "50_watch")
+    assert [line.split()[2] for line in rest.stdout.splitlines()] == stages[stages.index("50_watch_telemetry") :]
+
+
+# --- status
+
+
+def test_status_of_a_run(run: Path) -> None:
+    runs.write_json(
+        run / "lock/00_check_readiness.json", {"stage": "00_check_readiness", "state": "ok", "seconds": 3.1}
+    )
+    failed = {"stage": "10_curate_corpus", "state": "failed", "seconds": 1.0, "error": "AssertionError: too few"}
+    runs.write_json(run / "lock/10_curate_corpus.json", failed)
+    done = call("status", run)
+    assert done.exit_code == 0, done.output
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert lines["00_check_readiness"].split() == ["00_check_readiness", "ok", "3.1"]
+    assert lines["10_curate_corpus"].split(maxsplit=3)[1:] == ["failed", "1.0", "AssertionError: too few"]
+    assert "never ran" in lines["31_train"]
+    assert "no checklist yet: 90_sign_off writes it" in done.stdout
+    assert lines["sign-offs:"].startswith("sign-offs: lock/00_check_readiness.json: added, missing or changed")
+
+
+def test_status_shows_the_checklist_and_why_an_item_is_not_green(run: Path) -> None:
+    runs.write_text(run / "checklist.yaml", "")
+    green = ITEM | {"id": "D2", "status": "green", "reasons": []}
+    checklist.write(runs.RunFolder("demo"), [ITEM, green])
+    done = call("status", run)
+    assert (
+        "D1  red    Curate.\n           10_curate_corpus: documents is 0, must be > 0\nD2  green  Curate.\n"
+        in done.stdout
+    )
+
+
+@needs_keys
+def test_status_says_that_demonstration_keys_approve_nothing(run: Path) -> None:
+    assert call("status", run).stdout.splitlines()[-1] == f"sign-offs: {seal.LOUD}"
+
+
+@pytest.mark.parametrize("command", [("status",), ("book",), ("sign", "--role", "x", "--key", "x", "--reviewer", "x")])
+def test_an_unknown_run_names_those_that_are_there(run: Path, command: tuple[str, ...]) -> None:
+    done = call(*command, "outbox/dmeo")
+    assert done.exit_code == 1
+    assert done.stderr == "outbox/dmeo is not a run's folder; runs here: demo\n"
+    other = call(*command, run.parents[1] / "notebooks")
+    assert other.exit_code == 1 and "notebooks is not in" in other.stderr
+
+
+def test_an_outbox_on_another_disk_is_reached_through_a_link(run: Path) -> None:
+    disk = run.parent.rename(run.parents[1] / "disk")
+    (run.parents[1] / "outbox").symlink_to(disk)
+    assert call("status", "outbox/demo").exit_code == 0
+
+
+def test_book_of_a_run_that_has_no_notebooks_yet(run: Path) -> None:
+    done = call("book", run)
+    assert done.exit_code == 1 and "outbox/demo/nb does not exist: execute the run first" in done.stderr
+
+
+# --- verify and sign
+
+
+@needs_keys
+def test_verify_names_the_file_that_changed(run: Path) -> None:
+    done = call("verify", run)
+    assert (done.exit_code, done.stdout) == (0, f"{seal.LOUD}\nVERIFIED\n")
+    path = run / "evidence/10_curate_corpus.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"3", b"4"))
+    done = call("verify", run)
+    assert done.exit_code == 1 and "VERIFIED" not in done.stdout
+    assert done.stderr.splitlines() == [
+        "evidence/10_curate_corpus.json: added, missing or changed since the seal",
+        "NOT VERIFIED: 1 problem(s)",
+    ]
+    path.write_bytes(content)
+    assert call("verify", run).exit_code == 0
+
+
+@needs_keys
+def test_verify_against_the_real_signers_refuses_a_demonstration(run: Path) -> None:
+    done = call("verify", run, "--signers", ROOT / "governance/allowed_signers")
+    assert done.exit_code == 1
+    for role in seal.ROLES:
+        assert f"signoffs/{role}.json: signoffs/{role}.json.sig is not {role}@demonstration.invalid's" in done.stderr
+
+
+def test_verify_of_a_folder_that_is_not_there_fails(place: Path) -> None:
+    done = call("verify", place / "outbox/none")
+    assert done.exit_code == 1 and "SHA256SUMS: missing; this run is not sealed" in done.stderr
+
+
+@needs_keys
+def test_a_reviewer_signs_with_a_key_of_their_own(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    keys = tmp_path_factory.mktemp("keys")
+    lines = []
+    for role in seal.ROLES:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / role], check=True)
+        public = (keys / f"{role}.pub").read_text()
+        lines.append(f'{role}@example.org namespaces="stackpkg-readiness-{role}" {public}')
+    signers = runs.write_text(runs.root() / "governance/allowed_signers", "".join(lines))
+    for role in seal.ROLES:
+        done = call("sign", run, "--role", role, "--key", keys / role, "--reviewer", f"{role}@example.org")
+        assert (done.exit_code, done.stdout) == (0, f"wrote {role}.json and {role}.json.sig\n")
+    assert call("verify", run).stdout == "VERIFIED\n"
+    assert call("verify", run, "--signers", signers).stdout == "VERIFIED\n"
+    assert call("status", run).stdout.splitlines()[-1] == "sign-offs: valid"
+
+    said = ("--role", "safety", "--key", keys / "safety", "--reviewer", "safety@example.org")
+    assert call("sign", run, *said, "--decision", "approve-with-conditions").exit_code == 1
+    done = call("sign", run, *said, "--decision", "approve-with-conditions", "--condition", "more data")
+    assert done.exit_code == 0
+    done = call("verify", run)
+    assert done.exit_code == 1 and "decision is 'approve-with-conditions', not 'approve'" in done.stderr
+    wrong = call("sign", run, "--role", "legal", "--key", keys / "safety", "--reviewer", "safety@example.org")
+    assert wrong.exit_code == 1 and "roles ('architecture', 'infrastructure', 'safety')" in wrong.stderr
+    missing = call("sign", run, "--role", "safety", "--key", keys / "none", "--reviewer", "safety@example.org")
+    assert missing.exit_code == 1 and "could not sign" in missing.stderr
+
+
+@needs_keys
+def test_a_run_that_changed_since_its_seal_is_not_signed(run: Path) -> None:
+    runs.write_text(run / "late.txt", "late")
+    key = run.parent / ".demonstration/demo/safety"
+    done = call("sign", run, "--role", "safety", "--key", key, "--reviewer", "safety@demonstration.invalid")
+    assert done.exit_code == 1 and "late.txt: added, missing or changed since the seal" in done.stderr

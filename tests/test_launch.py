@@ -1,0 +1,206 @@
+"""Launching with real processes and stand-ins for the worker: commands, resuming, failing, and who dies with whom."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from stackpkg import params
+from stackpkg.params import Params
+from stackpkg.runs import RunFolder, read_json, write_json, write_text
+from stackpkg.training import launch
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the tether is Linux's")
+WORKERS = {
+    # the whole job; notes in `seen` how often it was started in this folder
+    "finishing": """
+        (home / "seen").open("a").write("x")
+        (run / "telemetry" / home.name).mkdir(parents=True, exist_ok=True)
+        (run / "telemetry" / f"{home.name}.alerts.jsonl").open("a").write("{}")
+        sys.stdout.buffer.write(b"torn text: \\xe2\\x96")
+        print("\\n[job] shown\\nnot shown", flush=True)
+        (home / "done.json").write_text(json.dumps({"seen": len((home / "seen").read_text())}))
+    """,
+    "failing": """
+        (home / "seen").open("a").write("x")
+        print("\\n".join(f"line {k}." for k in range(50)), flush=True)
+        sys.exit(3)
+    """,
+    "silent": "",
+    # a rank that hangs, with a child of its own
+    "sleeping": """
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        rank = os.environ.get("RANK", "0")
+        (home / f".pids-{rank}").write_text(f"{os.getpid()} {child.pid}")
+        (home / f".pids-{rank}").rename(home / f"pids-{rank}")
+        time.sleep(600)
+    """,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def workers(repository: Path) -> None:
+    for name, body in WORKERS.items():
+        head = "import json, os, subprocess, sys, time\nfrom pathlib import Path\n"
+        head += "home = Path(sys.argv[1]).parent\nrun = home.parents[1]\n"
+        write_text(repository / f"{name}.py", head + textwrap.dedent(body))
+
+
+@pytest.fixture
+def folder(repository: Path, request: pytest.FixtureRequest) -> RunFolder:
+    made = RunFolder(request.node.name.replace("_", "-").lower()[:40])
+    for name in ("manifest.json", "pairs.parquet", "long_range.parquet"):
+        write_text(made / f"data/{name}", name)
+    return made
+
+
+def profile(timeout_minutes: float = 2.0, **layout: int) -> Params:
+    made = {"processes": 1, "fsdp": 1, "timeout_minutes": timeout_minutes} | layout
+    return params.validate({"layout": made, "training": {"batch_rows": 64}})
+
+
+def start(worker: str, monkeypatch: pytest.MonkeyPatch, folder: RunFolder, p: Params | None = None, **more) -> dict:
+    monkeypatch.setattr(launch, "WORKER", worker)
+    return launch.launch("job", p or profile(), folder, **more)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({}, "-m stackpkg.training.worker job.json"),
+        (
+            {"processes": 4, "fsdp": 2, "restarts": 3},
+            "-m torch.distributed.run --nnodes=1 --nproc-per-node=4 --max-restarts=3 --standalone "
+            "-m stackpkg.training.tether -m stackpkg.training.worker job.json",
+        ),
+        (
+            {"processes": 64, "fsdp": 8, "nodes": 8, "restarts": 0},
+            "-m torch.distributed.run --nnodes=8 --nproc-per-node=8 --max-restarts=0 "
+            "--rdzv-backend=c10d --rdzv-endpoint=$HEAD_NODE:29500 "
+            "-m stackpkg.training.tether -m stackpkg.training.worker job.json",
+        ),
+    ],
+)
+def test_the_command_of_a_layout(layout: dict[str, int], expected: str) -> None:
+    assert launch.command("job.json", profile(**layout)) == [sys.executable, *expected.split()]
+
+
+def test_several_nodes_get_the_command_to_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = profile(processes=16, nodes=2)
+    with pytest.raises(ValueError, match="2 nodes") as raised:
+        start("finishing", monkeypatch, folder, cluster, steps=5)
+    job = f"outbox/{folder.name}/checkpoints/job/job.json"
+    assert str(raised.value).endswith("python " + " ".join(launch.command(job, cluster)[1:]))
+    assert read_json(folder.path / "checkpoints/job/job.json")["steps"] == 5  # what the command reads is there
+    assert not (folder.path / "checkpoints/job/log.txt").exists()
+
+
+def test_the_digest_tells_what_the_job_computes(folder: RunFolder) -> None:
+    def digest(steps: int = 4, faults: tuple = (), name: str = "job", **layout: int) -> str:
+        return launch.describe(name, profile(**layout), folder, steps, faults)["digest"]
+
+    same = digest()
+    assert same == digest()
+    kill = {"kind": "kill", "step": 2, "rank": 0}
+    others = [digest(steps=5), digest(faults=(kill,)), digest(processes=2), digest(name="other")]
+    write_text(folder / "data/manifest.json", "other data")
+    assert len({same, digest(), *others}) == 6
+
+
+def test_a_finished_job_starts_fresh_and_the_old_one_is_kept(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, repository: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_json(folder / "eval/job/epoch_001.json", {"of": "the first"})
+    for _ in range(3):
+        assert start("finishing", monkeypatch, folder) == {"seen": 1}  # never in the folder of another job
+    assert capsys.readouterr().out == "[job] shown\n" * 3
+    assert "not shown" in (folder.path / "checkpoints/job/log.txt").read_text(encoding="utf-8")
+    kept = repository / "outbox/.previous" / folder.name / "job"
+    assert read_json(kept / "checkpoints/done.json") == {"seen": 1}
+    assert sorted(path.name for path in kept.iterdir()) == ["alerts.jsonl", "checkpoints", "telemetry"]
+    assert (folder.path / "telemetry/job.alerts.jsonl").read_text() == "{}"  # the old job's alerts are not this one's
+    assert not (folder.path / "eval/job").exists()
+
+
+def test_an_unfinished_job_keeps_its_folder_until_its_description_changes(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            start("failing", monkeypatch, folder, quiet=True)
+    assert (folder.path / "checkpoints/job/seen").read_text() == "xx"
+    assert start("finishing", monkeypatch, folder, quiet=True) == {"seen": 3}
+    with pytest.raises(RuntimeError):
+        start("failing", monkeypatch, folder, quiet=True)
+    assert start("finishing", monkeypatch, folder, steps=7, quiet=True) == {"seen": 1}
+    kept = repository / "outbox/.previous" / folder.name / "job"
+    assert (kept / "checkpoints/seen").read_text() == "x"
+
+
+def test_a_failing_job_raises_with_the_end_of_its_log(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="exit code 3") as raised:
+        start("failing", monkeypatch, folder, quiet=True)
+    assert "line 20.\n" in str(raised.value) and str(raised.value).endswith("line 49.\n")
+    assert "line 19." not in str(raised.value)
+    assert "line 0." in (folder.path / "checkpoints/job/log.txt").read_text()
+    with pytest.raises(RuntimeError, match="ended without a report"):
+        start("silent", monkeypatch, folder, quiet=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent to notice does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def pids(folder: RunFolder) -> list[int]:
+    """Processes that the sleeping ranks have noted: themselves and their children."""
+    return [int(pid) for file in folder.matches("checkpoints/job/pids-*") for pid in file.read_text().split()]
+
+
+def until(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@linux
+def test_a_job_over_its_time_is_killed_with_its_children(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"timeout_minutes = 0\.08"):
+        start("sleeping", monkeypatch, folder, profile(timeout_minutes=0.08), quiet=True)
+    assert time.monotonic() - began < 30
+    assert len(pids(folder)) == 2 and until(lambda: not any(map(alive, pids(folder))), 5)
+
+
+CALLER = """
+import sys
+from stackpkg import params, runs
+from stackpkg.training import launch
+runs.root = launch.root = lambda: runs.Path(sys.argv[1])
+launch.WORKER = "sleeping"
+p = params.validate({"layout": {"processes": 2, "fsdp": 2}})
+launch.launch("job", p, runs.RunFolder(sys.argv[2]))
+"""
+
+
+@linux
+def test_killing_the_caller_kills_every_rank(folder: RunFolder, repository: Path) -> None:
+    caller = subprocess.Popen([sys.executable, "-c", CALLER, repository, folder.name], stderr=subprocess.DEVNULL)
+    try:
+        assert until(lambda: len(pids(folder)) == 4, 60), "the ranks did not start"
+        ranks = [int(file.read_text().split()[0]) for file in folder.matches("checkpoints/job/pids-*")]
+        assert all(map(alive, ranks)) and caller.poll() is None
+        caller.send_signal(signal.SIGKILL)
+        caller.wait()
+        assert until(lambda: not any(map(alive, ranks)), 5), "ranks outlive the caller that was killed"
+    finally:
+        caller.kill()
+        for pid in filter(alive, pids(folder)):  # the children that a rank starts are its own affair
+            os.kill(pid, signal.SIGKILL)

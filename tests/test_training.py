@@ -1,0 +1,249 @@
+"""Real launches of a tiny model on real text: layouts agree, faults leave no trace, checkpoints outlive their layout."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from test_probes import QWEN, STACK
+from transformers import AutoModelForCausalLM
+
+from stackpkg import params, runs
+from stackpkg.data import dedup, filters, labelled, longrange, provenance, shards, sources
+from stackpkg.params import Params
+from stackpkg.runs import RunFolder, read_json, write_json
+from stackpkg.telemetry import rows
+from stackpkg.training import launch, layout
+
+SOURCE = runs.root()  # of the text: the package itself
+STEPS, BATCH = 6, 8
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48,
+}  # fmt: skip
+NAN = {"kind": "nan_gradient", "step": 3, "rank": 0}
+KILL = {"kind": "kill", "step": 5, "rank": 1, "attempt": 1}
+
+
+def profile(processes: int, accumulation: int = 1, **model: Any) -> Params:
+    """Two stages: a longer context and no retrieval in the second; a checkpoint every 2 steps."""
+    folders = {"stackpkg": "", "book/runbooks": "documentation"}
+    values: dict[str, Any] = {
+        "data": {
+            "sources": [{"kind": "folder", "path": str(SOURCE / path), "domain": d} for path, d in folders.items()],
+            "vocab_size": 512,
+            "shard_tokens": 50_000,
+            "validation_share": 0.1,
+        },
+        "curriculum": [
+            {"steps": 4, "context": 64, "long_range": 0.25},
+            {"steps": 2, "context": 96, "long_range": 0.25, "retrieval": False},
+        ],
+        "auxiliary": {"pairs": 80, "query_tokens": 8, "document_tokens": 16, "long_range_tasks": 32},
+        "model": model or {"config": STACK | {"hidden_size": 32}},
+        "optimization": {"learning_rate": 3e-3, "warmup_steps": 1, "floor": 3e-4, "ema_decay": 0.9},
+        "training": {"batch_rows": BATCH, "accumulation": accumulation, "epoch_steps": 3, "checkpoint_steps": 2},
+        "layout": {"processes": processes, "fsdp": processes, "restarts": 1, "timeout_minutes": 4},
+        "evaluation": {"rows": 2, "pairs": 8},
+    }
+    return params.validate(values)
+
+
+@pytest.fixture(scope="module")
+def lab(repository: Path) -> RunFolder:
+    """A run whose data room has done its work, from reading the sources to the long-range tasks."""
+    p, audit = profile(1), []
+    folder = RunFolder("lab")
+    data = folder.path / "data"
+    found = filters.apply(sources.read(p.data.sources, audit), p.data, audit)
+    kept, _ = dedup.deduplicate(found, p.data.shingle_words, p.data.jaccard)
+    tokenizer = shards.train_tokenizer((record.text for record in kept), p.data.vocab_size)
+    stamp = {shards.STAMP: shards.build(data, kept, tokenizer, p.data)[shards.STAMP]}
+    held = {name for name, split in shards.split_of(kept, p.data.validation_share).items() if split == "validation"}
+    pairs = labelled.encode(labelled.mine(kept, held, p.auxiliary, p.evaluation.pairs), tokenizer, p.auxiliary)
+    provenance.write(data / "pairs.parquet", pairs, **stamp)
+    provenance.write(data / "long_range.parquet", longrange.generate(p), **stamp)
+    return folder
+
+
+@dataclass
+class Job:
+    p: Params
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = STEPS
+
+
+def run(lab: RunFolder, **jobs: Job) -> dict[str, dict[str, Any]]:
+    """Launch jobs beside each other, as the sweep does; what each reported."""
+
+    def one(item: tuple[str, Job]) -> dict[str, Any]:
+        name, job = item
+        return launch.launch(name, job.p, lab, steps=job.steps, faults=job.faults, quiet=True)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return dict(zip(jobs, pool.map(one, jobs.items()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(lab: RunFolder) -> dict[str, dict[str, Any]]:
+    return run(lab, one=Job(profile(1), [NAN]), one_twice=Job(profile(1, accumulation=2)))
+
+
+@pytest.fixture(scope="module")
+def spread(lab: RunFolder) -> dict[str, dict[str, Any]]:
+    return run(lab, two=Job(profile(2), [NAN])) | run(lab, two_twice=Job(profile(2, accumulation=2)))
+
+
+@pytest.fixture(scope="module")
+def killed(lab: RunFolder) -> dict[str, Any]:
+    return run(lab, killed=Job(profile(2), [NAN, KILL]))["killed"]
+
+
+@pytest.fixture(scope="module")
+def others(lab: RunFolder, spread: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`narrow` takes over what two processes left after step 4, alone, its newest checkpoint damaged; and a llama."""
+    narrow, wide = Job(profile(1), [NAN]), lab.path / "checkpoints/two"
+    for part in ("initial", "checkpoint-2", "checkpoint-4"):
+        shutil.copytree(wide / part, lab.path / "checkpoints/narrow" / part)
+    shard = lab.path / "checkpoints/narrow/checkpoint-4/dcp/__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    spec = launch.describe("narrow", narrow.p, lab, STEPS, narrow.faults)
+    write_json(lab / "checkpoints/narrow/job.json", spec)
+    return run(lab, narrow=narrow, llama=Job(profile(1, kind="auto", config=LLAMA), steps=2))
+
+
+@pytest.fixture(scope="module")
+def mixture(lab: RunFolder) -> dict[str, Any]:
+    return run(lab, mixture=Job(profile(2, kind="auto", config=QWEN | {"hidden_size": 32}), steps=2))["mixture"]
+
+
+def history(lab: RunFolder, name: str, rank: int = 0) -> pd.DataFrame:
+    """Rows that count of one rank, by step."""
+    table = rows.effective(pd.read_parquet(lab.path / f"telemetry/{name}.parquet"))
+    return table[table["rank"] == rank].set_index("step")
+
+
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns that may not depend on the layout."""
+    names = ["loss", "grad_norm", "weight_norm", "learning_rate", "update_skipped", "context", "cursor"]
+    return table[names + sorted(name for name in table if name.startswith("loss_"))].astype(float)
+
+
+def weights(lab: RunFolder, name: str, part: str = "final") -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(lab.path / "checkpoints" / name / part).state_dict()
+
+
+@pytest.mark.parametrize(("single", "double"), [("one", "two"), ("one_twice", "two_twice")])
+def test_two_processes_compute_what_one_does(lab: RunFolder, alone, spread, single: str, double: str) -> None:
+    left, right = compared(history(lab, single)), compared(history(lab, double))
+    assert left.index.tolist() == list(range(1, STEPS + 1)) and left.loss.notna().all()
+    assert {"loss_language_modelling", "loss_contrastive", "loss_long_range", "loss_load_balance"} <= set(left)
+    pd.testing.assert_frame_equal(left, right, rtol=1e-5, atol=1e-7, check_exact=False)
+    assert (alone[single]["ranks"], spread[double]["ranks"]) == (1, 2)
+    assert spread[double]["sharded_share"] > 0.9 and alone[single]["sharded_share"] == 0.0
+    reports = [read_json(lab.path / f"eval/{name}/epoch_002.json") for name in (single, double)]
+    for key in ("validation_loss", "ema_validation_loss", "precision_at_k", "mrr", "long_range_accuracy"):
+        assert reports[0][key] == pytest.approx(reports[1][key], rel=1e-4), key
+    assert reports[0]["step"] == STEPS
+
+
+def test_accumulation_changes_nothing_but_the_negatives(lab: RunFolder, alone) -> None:
+    whole, parts = compared(history(lab, "one")), compared(history(lab, "one_twice"))
+    first = ["loss_language_modelling", "loss_long_range", "loss_gate_entropy"]
+    assert parts.loc[1, first].tolist() == pytest.approx(whole.loc[1, first].tolist(), rel=1e-5)
+    assert 0 < parts.loc[1, "loss_contrastive"] < whole.loc[1, "loss_contrastive"]  # half the documents to confuse
+
+
+def test_rows_tell_of_both_stages_and_of_time(lab: RunFolder, spread) -> None:
+    table = history(lab, "two_twice")
+    assert table.context.tolist() == [64] * 4 + [96] * 2 and table.cursor.tolist() == [8, 16, 24, 32, 40, 48]
+    assert table.loss_contrastive.notna().tolist() == [True] * 4 + [False] * 2  # no retrieval in the second stage
+    assert table.precision_at_k.notna().tolist() == [False, False, True] * 2
+    assert (table[["step_seconds", "tokens_per_second", "memory_mb"]] > 0).all(axis=None)
+    assert (table.masked_edge_share == 0).all() and table.router_entropy_min.between(0, 1).all()
+    both = pd.read_parquet(lab.path / "telemetry/two_twice.parquet")
+    assert rows.missing(both, STEPS, 2) == 0 and len(both) == 2 * STEPS
+
+
+def test_a_bad_gradient_is_skipped_without_a_trace(lab: RunFolder, alone, spread) -> None:
+    for name, report in (("one", alone["one"]), ("two", spread["two"])):
+        table = history(lab, name)
+        assert report["skipped_updates"] == 1 and report["ema_updates"] == STEPS - 1
+        assert table.update_skipped.tolist() == table.nonfinite.tolist() == [0, 0, 1, 0, 0, 0]
+        assert pd.isna(table.grad_norm[3]) and table.loss.notna().all()
+        assert table.weight_norm[3] == table.weight_norm[2] != table.weight_norm[4]  # to the last bit
+        assert table.beta1_effective[3] == table.beta1_effective[2]  # Adam has not counted it either
+        assert table.learning_rate[4] == table.learning_rate[3]  # nor has the schedule
+    alerts = [
+        line for line in (lab.path / "telemetry/two.alerts.jsonl").read_text().splitlines() if "NonFinite" in line
+    ]
+    assert len(alerts) == 1 and '"step": 3' in alerts[0]
+
+
+def test_a_killed_rank_costs_a_restart_and_nothing_else(lab: RunFolder, spread, killed) -> None:
+    assert killed["attempts"] == 2 and spread["two"]["attempts"] == 1
+    assert killed["weights_sha256"] == spread["two"]["weights_sha256"]
+    assert (killed["skipped_updates"], killed["ema_updates"]) == (1, STEPS - 1)
+    attempts = read_json(lab.path / "checkpoints/killed/attempts.json")
+    assert [attempt["resumed_from"] for attempt in attempts] == [None, "checkpoint-4"]
+    table = pd.read_parquet(lab.path / "telemetry/killed.parquet")
+    assert rows.missing(table, STEPS, 2) == 0
+    for rank in (0, 1):
+        mine = history(lab, "killed", rank)
+        assert mine.attempt.tolist() == [1, 1, 1, 1, 2, 2]
+        pd.testing.assert_frame_equal(compared(mine), compared(history(lab, "two", rank)), check_exact=True)
+    average = weights(lab, "killed", "final_ema"), weights(lab, "two", "final_ema")
+    assert all(torch.equal(average[0][name], tensor) for name, tensor in average[1].items())
+
+
+def test_a_checkpoint_outlives_its_layout_and_a_damaged_one_is_set_aside(lab: RunFolder, spread, others) -> None:
+    home, report = lab.path / "checkpoints/narrow", others["narrow"]
+    assert (report["ranks"], report["skipped_updates"], report["ema_updates"]) == (1, 1, STEPS - 1)
+    (attempt,) = read_json(home / "attempts.json")
+    assert attempt["resumed_from"] == "checkpoint-2"
+    assert attempt["aside"] == ["checkpoint-4/dcp/__1_0.distcp: changed since it was saved"]
+    assert len(list(home.glob("checkpoint-4.damaged-*"))) == 1
+    assert sorted(path.name for path in home.glob("checkpoint-?")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    left, right = compared(history(lab, "narrow")), compared(history(lab, "two"))
+    assert left.index.tolist() == [3, 4, 5, 6]  # the sample order goes on where the checkpoint was made
+    pd.testing.assert_frame_equal(left, right.loc[3:, left.columns], rtol=1e-4, check_exact=False)
+    for part in ("final", "final_ema"):
+        torch.testing.assert_close(weights(lab, "narrow", part), weights(lab, "two", part), rtol=1e-3, atol=1e-4)
+
+
+def test_a_mixture_of_experts_of_transformers_trains_on_two_processes(lab: RunFolder, mixture) -> None:
+    assert mixture["ranks"] == 2 and mixture["sharded_share"] > 0.9
+    table = history(lab, "mixture")
+    assert table.index.tolist() == [1, 2] and (table[["loss", "grad_norm"]] > 0).all(axis=None)
+    assert table.router_entropy.between(0, 1).all() and table.loss_gate_entropy.notna().all()
+    assert pd.notna(table.loss_load_balance[2]) and "attention_entropy_mean" not in table
+    assert table.weight_norm[1] != table.weight_norm[2]
+    model = AutoModelForCausalLM.from_pretrained(lab.path / "checkpoints/mixture/final")
+    assert model.config.model_type == "qwen3_moe" and layout.weights_digest(model) == mixture["weights_sha256"]
+
+
+def test_a_dense_model_of_transformers_trains_without_router_series(lab: RunFolder, others) -> None:
+    assert others["llama"]["steps"] == 2
+    table = history(lab, "llama")
+    assert (table[["loss", "grad_norm", "loss_contrastive"]] > 0).all(axis=None)
+    assert not [name for name in table if "router" in name or "balance" in name or "attention" in name]
+    model = AutoModelForCausalLM.from_pretrained(lab.path / "checkpoints/llama/final")
+    assert model.config.model_type == "llama" and layout.weights_digest(model) == others["llama"]["weights_sha256"]
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_the_results_are_ordinary_folders_of_transformers(lab: RunFolder, alone, spread, name: str) -> None:
+    home = lab.path / "checkpoints" / name
+    model = AutoModelForCausalLM.from_pretrained(home / "final")
+    assert layout.weights_digest(model) == (alone | spread)[name]["weights_sha256"]  # what was trained, to the bit
+    average = AutoModelForCausalLM.from_pretrained(home / "final_ema")
+    assert layout.weights_digest(average) != layout.weights_digest(model)
+    ids = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.isfinite().all() and average(input_ids=ids).logits.isfinite().all()
+    files = {path.suffix for part in ("final", "final_ema") for path in (home / part).rglob("*") if path.is_file()}
+    assert files == {".json", ".safetensors"}  # nothing that unpickles when it is opened
