@@ -14,7 +14,8 @@ import yaml
 from myst import badge, code, div, table, text
 from reference import api, parameters
 
-from stackpkg import params, runs
+from stackpkg import runs
+from stackpkg.governance import seal
 
 
 def duration(seconds: float | None) -> str:
@@ -44,7 +45,7 @@ def gather(folder: Path) -> dict[str, Any]:
 def status(run: dict[str, Any]) -> str:
     states = Counter(stage["state"] for stage in run["stages"].values())
     counts = Counter(item["status"] for item in run["items"])
-    roles = params.Governance().roles
+    roles = seal.ROLES
     approved = [role for role in roles if run["signoffs"].get(role, {}).get("decision") == "approve"]
     missing = []
     if states["ok"] < len(run["stages"]):

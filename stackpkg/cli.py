@@ -98,8 +98,11 @@ def verify(
     """Prove that no byte of the archive changed and that every role signed it; names each file that fails."""
     from stackpkg.governance import seal
 
-    default, demonstration = seal.signers_for(path)
-    found = seal.verify(path, signers or default)
+    try:
+        default, demonstration = seal.signers_for(path.resolve())
+        found = seal.verify(path.resolve(), signers or default)
+    except (OSError, RuntimeError) as error:
+        _stop(error)
     if found:
         _stop("\n".join([*found, f"NOT VERIFIED: {len(found)} problem(s)"]))
     if demonstration and not signers:

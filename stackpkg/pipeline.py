@@ -27,7 +27,7 @@ from stackpkg.governance.seal import finish
 from stackpkg.params import Params, assigned
 from stackpkg.runs import RunFolder, digest, environment, now, portable, read_json, root, write_json, write_text
 
-SOURCE = re.compile(r"(params|book|governance)/[\w./-]+")
+SOURCE = re.compile(r"(params|book|governance)/[\w./-]+|requirements\.lock\.txt")
 MODULE = re.compile(r"stackpkg(\.\w+)*")
 
 
@@ -48,7 +48,8 @@ class Stage:
         tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
         code = "\n".join(cell.source for cell in cells)
         names = frozenset(name for source in tagged for name in assigned(source))
-        return cls(path.stem, path, code, names, _patterns(code, "inputs"), _patterns(code, "outputs"))
+        outputs = (*_patterns(code, "outputs"), f"evidence/{path.stem}.json")
+        return cls(path.stem, path, code, names, _patterns(code, "inputs"), outputs)
 
 
 def _patterns(code: str, method: str) -> tuple[str, ...]:
@@ -215,15 +216,21 @@ def _scrub(output: Path, source: Path) -> None:
 
 
 def select(first: str | None, only: str | None) -> list[Stage]:
-    """The stages from `first` on, or `only` one; both by number or name. Raises `ValueError` for an unknown one."""
+    """The stages from `first` on, or `only` one; either by number or name, as far as it is unique.
+
+    Raises `ValueError` for a name that no notebook or several have, and when both are given.
+    """
     known = stages()
-    for wanted in filter(None, (first, only)):
-        if not any(stage.name.startswith(wanted) for stage in known):
-            raise ValueError(f"no notebook starts with {wanted!r}; there are: {', '.join(s.name for s in known)}")
-    if only:
-        return [stage for stage in known if stage.name.startswith(only)]
-    start = next((i for i, stage in enumerate(known) if first and stage.name.startswith(first)), 0)
-    return known[start:]
+    wanted = only or first
+    if not wanted:
+        return known
+    if only and first:
+        raise ValueError(f"--only {only} and --from {first}: give one of them")
+    found = [stage for stage in known if stage.name.startswith(wanted)]
+    if len(found) != 1:
+        names = ", ".join(stage.name for stage in found or known)
+        raise ValueError(f"{len(found)} notebooks start with {wanted!r}; give one of: {names}")
+    return found if only else known[known.index(found[0]) :]
 
 
 def run(
@@ -244,12 +251,14 @@ def run(
     chosen = select(first, only)
     folder = RunFolder(p.run)
     with exclusive(p.run):
-        executed = False
+        executed = stale = False
         for number, stage in enumerate(chosen, 1):
             why = "forced" if force else reason_to_run(stage, p, folder)
             head = f"[{number:>2}/{len(chosen)}] {stage.name:<26}"
             if dry_run or not why:
-                stream.write(f"{head} {'would run: ' + why if why else 'unchanged'}\n")
+                doubt = ", unless a stage above remakes its inputs" if stale and stage.inputs else ""
+                stream.write(f"{head} {'would run: ' + why if why else 'unchanged' + doubt}\n")
+                stale |= bool(why)
                 continue
             stream.write(f"{head} runs: {why}\n")
             stream.flush()
@@ -260,6 +269,8 @@ def run(
             record = execute(stage, p, folder, stream)
             done = read_json(folder.path / "lock" / f"{stage.name}.json")
             stream.write(f"{'':8}{record['state']} in {done['seconds']:.1f} s\n")
-        if dry_run or any(reason_to_run(stage, p, folder) for stage in stages()):
+        left = [] if dry_run else [stage.name for stage in stages() if reason_to_run(stage, p, folder)]
+        if dry_run or left:
+            stream.write(f"not sealed; these stages have to run first: {', '.join(left)}\n" if left else "")
             return None
         return finish(folder, p)

@@ -48,7 +48,8 @@ def digest(path: Path) -> str:
 def portable(text: str) -> str:
     """`text` without the paths of this machine: the archive is read elsewhere."""
     for path, name in ((root(), "."), (sys.prefix, "ENVIRONMENT"), (sys.base_prefix, "PYTHON"), (Path.home(), "~")):
-        text = text.replace(f"{path}{os.sep}", f"{name}{os.sep}")
+        if str(path) != os.sep:
+            text = text.replace(f"{path}{os.sep}", f"{name}{os.sep}")
     return text
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
 from typing import Any
 
 import optuna
@@ -13,7 +15,7 @@ from optuna.trial import TrialState
 
 from stackpkg.params import Params, validate
 from stackpkg.runs import RunFolder, read_json
-from stackpkg.training.launch import launch
+from stackpkg.training.launch import describe, launch
 
 SPACE = {  # name: low, high of a log-uniform draw, as a multiple of the profile's value
     "optimization.learning_rate": (0.3, 3.0),
@@ -31,20 +33,31 @@ def variant(p: Params, factors: dict[str, float]) -> Params:
     o, steps = values["optimization"], p.sweep.steps
     o["warmup_steps"], o["floor"] = min(o["warmup_steps"], steps // 2), min(o["floor"], o["learning_rate"])
     values["training"] |= {"epoch_steps": steps, "checkpoint_steps": steps}
+    values["sweep"]["trials"] = 1  # how many there are is no property of one
     values["layout"] |= {"processes": 1, "nodes": 1, "fsdp": 1}
     return validate(values)
 
 
-def open_study(folder: RunFolder, seed: int) -> optuna.Study:
-    """The study of a run, in a journal file that survives a crash; trials cut off by one are told as failed."""
+def open_study(p: Params, folder: RunFolder) -> optuna.Study:
+    """The study of this profile and corpus, in a journal file that survives a crash; trials cut off are told as failed.
+
+    Its name is the digest of what a trial would compute, so results of another profile are never taken for this one's.
+    """
+    name = describe("sweep", variant(p, {}), folder, p.sweep.steps, ())["digest"][:16]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(folder / "sweep/journal.log")))
     study = optuna.create_study(
-        storage=storage, study_name="sweep", load_if_exists=True, sampler=optuna.samplers.TPESampler(seed=seed)
+        storage=storage, study_name=name, load_if_exists=True, sampler=optuna.samplers.TPESampler(seed=p.seed)
     )
     for stale in study.get_trials(states=[TrialState.RUNNING]):
-        study.tell(stale.number, state=TrialState.FAIL)
+        study.tell(stale.number, state=TrialState.FAIL)  # without an error: it was cut off and is asked again
     return study
+
+
+def answered(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that ended by themselves: finished, or diverged with their error kept."""
+    ended = study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])
+    return [trial for trial in ended if trial.state == TrialState.COMPLETE or "error" in trial.user_attrs]
 
 
 def _answer(study: optuna.Study, trial: optuna.Trial, p: Params, folder: RunFolder) -> None:
@@ -57,18 +70,23 @@ def _answer(study: optuna.Study, trial: optuna.Trial, p: Params, folder: RunFold
         study.tell(trial, state=TrialState.FAIL)
         return
     report = read_json(folder.path / "eval" / name / "epoch_001.json")
+    if not isfinite(float(report["validation_loss"])):
+        trial.set_user_attr("error", "the validation loss is not finite")
     entropies = [float(layer["entropy"]) for layer in report["router"]]  # strict JSON holds "NaN" as a string
     low, high = p.evaluation.entropy_band
     trial.set_user_attr("feasible", all(low <= entropy <= high for entropy in entropies))
     trial.set_user_attr("router_entropy", min(entropies, default=None))
     trial.set_user_attr("precision_at_k", report["precision_at_k"])
-    study.tell(trial, float(report["validation_loss"]))  # a NaN is told as a failure
+    loss = float(report["validation_loss"])
+    if math.isnan(loss):  # Optuna takes it for a failure
+        trial.set_user_attr("error", "the validation loss is not a number")
+    study.tell(trial, loss)
 
 
 def run(p: Params, folder: RunFolder) -> optuna.Study:
-    """Ask until `sweep.trials` trials are finished, one process each, as many at once as there are cores."""
-    study = open_study(folder, p.seed)
-    while (left := p.sweep.trials - len(study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL]))) > 0:
+    """Ask until `sweep.trials` trials have ended by themselves, one process each, one per core at once."""
+    study = open_study(p, folder)
+    while (left := p.sweep.trials - len(answered(study))) > 0:
         batch = [study.ask() for _ in range(min(left, os.cpu_count() or 1))]
         with ThreadPoolExecutor(len(batch)) as pool:
             list(pool.map(lambda trial: _answer(study, trial, p, folder), batch))

@@ -1,11 +1,15 @@
-"""Fixtures shared by the tests of launches."""
+"""Settings and fixtures that tests share."""
 
 import os
 
 import pytest
+from hypothesis import settings
 
 from stackpkg import runs
 from stackpkg.training import launch
+
+settings.register_profile("shared machine", deadline=None)  # a slow moment of the machine is not a defect
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_written_and_read_back(folder: runs.RunFolder) -> None:
     items = checklist.evaluate(folder, P)
     checklist.write(folder, items)
     assert checklist.read(folder) == items
-    assert checklist.board(items).rows == [("V3", "green", "Evaluate.", "")]
+    assert checklist.board(items).to_numpy().tolist() == [["V3", "green", "Evaluate.", ""]]
 
 
 @pytest.mark.parametrize(

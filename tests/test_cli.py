@@ -76,8 +76,9 @@ def test_a_bad_profile_stops_before_anything_runs(place: Path, text: str | None,
     ("options", "expected"),
     [
         (("--run", "No Spaces"), "run: String should match pattern"),
-        (("--from", "77"), "no notebook starts with '77'; there are: 00_check_readiness"),
+        (("--from", "77"), "0 notebooks start with '77'; give one of: 00_check_readiness"),
         (("--only", "train"), "31_train"),
+        (("--only", "5"), "2 notebooks start with '5'; give one of: 50_watch_telemetry, 51_drill_alerts\n"),
     ],
 )
 def test_a_bad_option_says_what_is_allowed_and_nothing_else(

@@ -34,11 +34,11 @@ WORKERS = {
     "silent": "",
     # a rank that hangs, with a child of its own
     "sleeping": """
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         rank = os.environ.get("RANK", "0")
         (home / f".pids-{rank}").write_text(f"{os.getpid()} {child.pid}")
         (home / f".pids-{rank}").rename(home / f"pids-{rank}")
-        time.sleep(600)
+        time.sleep(60)
     """,
 }
 
@@ -98,6 +98,11 @@ def test_several_nodes_get_the_command_to_run(folder: RunFolder, monkeypatch: py
     assert str(raised.value).endswith("python " + " ".join(launch.command(job, cluster)[1:]))
     assert read_json(folder.path / "checkpoints/job/job.json")["steps"] == 5  # what the command reads is there
     assert not (folder.path / "checkpoints/job/log.txt").exists()
+    write_json(folder / "checkpoints/job/done.json", {"steps": 5})  # the cluster has run it
+    assert start("finishing", monkeypatch, folder, cluster, steps=5) == {"steps": 5}
+    with pytest.raises(ValueError, match="2 nodes"):
+        start("finishing", monkeypatch, folder, cluster, steps=6)  # that is another job
+    assert not (folder.path / "checkpoints/job/done.json").exists()
 
 
 def test_the_digest_tells_what_the_job_computes(folder: RunFolder) -> None:
@@ -185,7 +190,7 @@ from stackpkg import params, runs
 from stackpkg.training import launch
 runs.root = launch.root = lambda: runs.Path(sys.argv[1])
 launch.WORKER = "sleeping"
-p = params.validate({"layout": {"processes": 2, "fsdp": 2}})
+p = params.validate({"layout": {"processes": 2, "fsdp": 2, "restarts": 0}})
 launch.launch("job", p, runs.RunFolder(sys.argv[2]))
 """
 

@@ -9,11 +9,12 @@ import torch
 from data_corpus import corpus, profile
 from hypothesis import given
 from hypothesis import strategies as st
-from test_probes import QWEN, STACK
+from tiny_models import QWEN, STACK
 
 from stackpkg import params
 from stackpkg.data.stream import Stream
-from stackpkg.evaluation.metrics import evaluate_epoch, ranking, router_balance
+from stackpkg.evaluation.metrics import evaluate_epoch, router_balance
+from stackpkg.evaluation.ranking import ranking
 from stackpkg.model import build
 
 

@@ -154,7 +154,7 @@ def test_two_fsdp_ranks_give_the_gradient_of_one_process(tmp_path: object) -> No
 
 
 def test_canary_stock_trainer_scales_its_auxiliary_loss_with_accumulation(tmp_path: object) -> None:
-    """When this fails upstream has mended it: transformers issue 48690."""
+    """When this fails upstream has mended it: transformers #48690."""
     row = torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(1))
     norms = []
 

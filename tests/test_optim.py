@@ -50,16 +50,19 @@ def test_learning_rates_are_those_of_the_scheduler(warmup: int, steps: int, floo
     np.testing.assert_allclose(rates, scheduled(o, steps), rtol=1e-12, atol=0)
 
 
-def test_robbins_monro_needs_a_floor() -> None:
-    held, let_go = (Optimization(learning_rate=1e-2, warmup_steps=5, floor=floor) for floor in (1e-4, 0.0))
-    found = robbins_monro(held, 100)
-    rates = learning_rates(held, 100)
+def test_robbins_monro_holds_for_a_decay_to_a_floor_and_for_nothing_less() -> None:
+    o = Optimization(learning_rate=1e-2, warmup_steps=5, floor=1e-4)
+    rates = learning_rates(o, 100)
+    found = robbins_monro(rates, o.warmup_steps)
     assert found["sum"] == pytest.approx(rates.sum()) and found["sum_of_squares"] == pytest.approx((rates**2).sum())
     assert found["diverges"] and found["bounded"]
-    # ten times the steps: the sum grows by the floor's share at least, and the mean square stays below the peak's
-    longer = robbins_monro(held, 1_000)
-    assert longer["sum"] - found["sum"] >= held.floor * 900 and longer["bounded"]
-    assert not robbins_monro(let_go, 100)["diverges"] and robbins_monro(let_go, 100)["bounded"]
+    stopped = learning_rates(o.model_copy(update={"floor": 0.0}), 100)
+    assert not robbins_monro(np.append(stopped, 0.0), 5)["diverges"]  # at its floor of 0 nothing is learnt any more
+    constant = learning_rates(o.model_copy(update={"floor": o.learning_rate}), 100)
+    assert robbins_monro(constant, 5)["diverges"] and not robbins_monro(constant, 5)["bounded"]  # the noise stays
+    assert not robbins_monro(rates, 0)["bounded"]  # a rate that rises: here the warm-up, taken for the rest
+    unfinished = robbins_monro(rates[:5], 5)
+    assert not unfinished["diverges"] and not unfinished["bounded"]  # all warm-up: nothing is known of the rest
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.95, 0.999])

@@ -222,9 +222,10 @@ DEFAULTS = '# Parameters\nrun = "lab"  # folder\nseed = 17\ntraining = {"batch_r
 
 
 def test_injected_values_replace_defaults_and_nothing_else_counts() -> None:
-    cells = ["", "import os\nseed = 5", DEFAULTS, "# Parameters\nseed = 3\ntraining = {}", "# parameter\nrun = 'x'"]
+    defaults = DEFAULTS.replace("lab", "mine")
+    cells = ["", "import os\nseed = 5", defaults, "# Parameters\nseed = 3\ntraining = {}", "# parameter\nrun = 'x'"]
     p = params.from_notebook({"In": cells, "seed": 99, "anything": 1})
-    assert p == params.validate({"run": "lab", "seed": 3, "training": {}})
+    assert p == params.validate({"run": "mine", "seed": 3, "training": {}})
 
 
 def test_without_injection_the_defaults_hold() -> None:
@@ -233,6 +234,14 @@ def test_without_injection_the_defaults_hold() -> None:
 
 def test_a_cell_run_again_by_hand_wins_over_its_earlier_self() -> None:
     assert params.from_notebook({"In": ["", DEFAULTS, DEFAULTS.replace("17", "18")]}).seed == 18
+
+
+def test_a_front_end_without_history_gives_what_the_cells_assigned() -> None:
+    """nbval executes cells so that `In` stays empty; the defaults of the schema must not step in unseen."""
+    p = params.from_notebook({"In": [""], "seed": 3, "training": {"batch_rows": 4}, "other": 5})
+    assert p == params.validate({"seed": 3, "training": {"batch_rows": 4}})
+    with pytest.raises(ValueError, match="no cell that starts with `# Parameters` has run yet"):
+        params.from_notebook({"In": ["", "import os"], "os": 1})
 
 
 def test_a_misspelt_injected_key_is_refused() -> None:

@@ -33,13 +33,12 @@ if (runs.root() / "slow").exists():
     time.sleep(120)
 limit = (runs.root() / "params/limit.txt").read_text()
 worker = "stackpkg.launched"
-print("[2/2] halfway", helper.FACTOR)
+print("[2/2] halfway", tools.FACTOR)
 print("not progress")
-runs.write_json(folder / "data/parity.json", [runs.read_json(folder / "data/number.json") % 2, helper.FACTOR])
+runs.write_json(folder / "data/parity.json", [runs.read_json(folder / "data/number.json") % 2, tools.FACTOR])
 folder.outputs("data/parity.json")"""
 END = """folder.inputs("data/parity.json")
-folder.record("30_end_run", parity=runs.read_json(folder / "data/parity.json")[0])
-folder.outputs("evidence/30_end_run.json")"""
+folder.record("30_end_run", parity=runs.read_json(folder / "data/parity.json")[0])"""
 
 QUICK = (
     "def DataFrame(rows, columns):\n    return rows\n"  # stands in for pandas in the kernels, which then start sooner
@@ -69,7 +68,7 @@ class Repository:
 
     def write(self, **changed: str) -> None:
         """The notebooks anew; `changed` replaces the code, or adds to the prose, of one of them."""
-        imports = {"use": "\nfrom stackpkg import helper\nimport os, time"}
+        imports = {"use": "\nfrom stackpkg import tools\nimport os, time"}
         for stem, code, parameters in (
             ("10_make", MAKE, 'run = "lab"\nseed = 17\n'),
             ("20_use", USE, 'run = "lab"\nsweep = {}\n'),
@@ -116,7 +115,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with a copy of the package whose three notebooks ran once; each test changes a copy of it."""
     repository = Repository(tmp_path_factory.mktemp("template"))
     shutil.copytree(PACKAGE, repository.root / "stackpkg", ignore=shutil.ignore_patterns("__pycache__"))
-    runs.write_text(repository.root / "stackpkg/helper.py", "from stackpkg.deeper import FACTOR\n")
+    runs.write_text(repository.root / "stackpkg/tools.py", "from stackpkg.deeper import FACTOR\n")
     runs.write_text(repository.root / "stackpkg/deeper.py", "FACTOR = 1\n")
     runs.write_text(repository.root / "stackpkg/launched.py", "")
     runs.write_text(repository.root / "params/limit.txt", "3")
@@ -186,7 +185,7 @@ CHANGES: dict[str, tuple[Callable[[Repository], object], list[str]]] = {
     "an input written again with the same bytes": (lambda repo: runs.write_text(repo.folder / "raw/a.txt", "1"), []),
     "one more input that the pattern finds": (lambda repo: runs.write_text(repo.folder / "raw/b.txt", "0"), ["10"]),
     "a file beside the inputs": (lambda repo: runs.write_text(repo.folder / "raw/b.bin", "0"), []),
-    "a package source": (lambda repo: runs.write_text(repo.root / "stackpkg/helper.py", "FACTOR = 1\n"), ["20"]),
+    "a package source": (lambda repo: runs.write_text(repo.root / "stackpkg/tools.py", "FACTOR = 1\n"), ["20"]),
     "a package source two imports away": (
         lambda repo: runs.write_text(repo.root / "stackpkg/deeper.py", "FACTOR = 2\n"),
         ["20", "30"],
@@ -205,7 +204,11 @@ CHANGES: dict[str, tuple[Callable[[Repository], object], list[str]]] = {
     ),
     "an output that was deleted": (lambda repo: (repo.folder / "data/number.json").unlink(), ["10"]),
     "an output that was changed": (lambda repo: runs.write_text(repo.folder / "data/parity.json", "[9, 1]"), ["20"]),
-    "the last output": (lambda repo: (repo.folder / "evidence/30_end_run.json").unlink(), ["30"]),
+    "evidence that was deleted": (lambda repo: (repo.folder / "evidence/30_end_run.json").unlink(), ["30"]),
+    "evidence that was changed": (
+        lambda repo: runs.write_json(repo.folder / "evidence/30_end_run.json", {"parity": 0.5}),
+        ["30"],
+    ),
     "an executed notebook that was deleted": (lambda repo: (repo.folder / "nb/20_use.ipynb").unlink(), ["20"]),
 }
 
@@ -227,6 +230,7 @@ def test_a_dry_run_writes_nothing(repo: Repository) -> None:
     before = {path: path.stat().st_mtime_ns for path in runs.files_below(repo.folder)}
     assert repo.run(dry_run=True) == []
     assert "10_make                    would run: code, parameters, inputs or package changed" in repo.log.getvalue()
+    assert "20_use                     unchanged, unless a stage above remakes its inputs" in repo.log.getvalue()
     assert {path: path.stat().st_mtime_ns for path in runs.files_below(repo.folder)} == before
     assert repo.sealed == [] and repo.result is None
 
@@ -234,15 +238,18 @@ def test_a_dry_run_writes_nothing(repo: Repository) -> None:
 def test_from_only_and_force(repo: Repository) -> None:
     repo.write(make=MAKE + "\nprint(1)", end=END + "\nprint(1)")
     assert repo.run(first="20") == ["30"]
-    assert repo.sealed == [], "a run whose first stage is out of date must not be sealed"
+    assert repo.sealed == [] and repo.result is None, "a run whose first stage is out of date must not be sealed"
+    assert repo.log.getvalue().endswith("not sealed; these stages have to run first: 10_make\n")
     assert repo.run(only="10_make") == ["10"]
     assert repo.sealed == ["demo"]
     assert repo.run(only="20", force=True) == ["20"]
     assert repo.run(first="20_use", force=True) == ["20", "30"]
     assert repo.run(only="2") == []
     for options in ({"first": "40"}, {"only": "use"}):
-        with pytest.raises(ValueError, match=r"no notebook starts with .*; there are: 10_make, 20_use, 30_end_run"):
+        with pytest.raises(ValueError, match=r"0 notebooks start with .*; give one of: 10_make, 20_use, 30_end_run"):
             repo.run(**options)
+    with pytest.raises(ValueError, match="--only 20 and --from 10: give one of them"):
+        repo.run(first="10", only="20")
 
 
 def test_an_executed_notebook_tells_the_parameters_and_no_path_of_this_machine(repo: Repository) -> None:

@@ -4,20 +4,12 @@ import math
 
 import pytest
 import torch
+from tiny_models import QWEN, STACK
 
 from stackpkg import params
 from stackpkg.model import build
 from stackpkg.telemetry.probes import model_statistics, normalised_entropy, router_statistics
 
-STACK = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "block_size": 8,
-}  # fmt: skip
-QWEN = {
-    "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4,
-    "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [],
-}  # fmt: skip
 ATTENTION = {f"attention_entropy_{name}" for name in ("mean", "std", "median")}
 ATTENTION |= {"masked_edge_share", "kv_ratio", "kv_error"}
 

@@ -136,7 +136,8 @@ def test_a_folder_s_digest_sees_every_name_and_byte(tmp_path: Path) -> None:
     for change in (
         lambda: runs.write_text(tree / "b/c.bin", "b/c.biN"),
         lambda: (tree / "a.bin").rename(tree / "e.bin"),
-        lambda: (tree / "b").rename(tree / "f"),
+        lambda: (tree / "b").rename(tree / "c"),
+        lambda: (tree / "c").rename(tree / "f"),
         lambda: runs.write_text(tree / "new", ""),
         lambda: (tree / ".hidden").unlink(),
     ):

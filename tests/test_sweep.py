@@ -10,7 +10,7 @@ from optuna.trial import TrialState, create_trial
 
 from stackpkg import params, runs, sweep
 from stackpkg.params import Params
-from stackpkg.runs import RunFolder, write_json
+from stackpkg.runs import RunFolder, write_json, write_text
 
 P = params.validate(
     {
@@ -26,7 +26,10 @@ ONE = dict.fromkeys(sweep.SPACE, 1.0)
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.setattr(runs, "root", lambda: tmp_path)
-    return RunFolder("demo")
+    made = RunFolder("demo")
+    for name in ("manifest.json", "pairs.parquet", "long_range.parquet"):
+        (made / f"data/{name}").write_text(name)
+    return made
 
 
 class Jobs:
@@ -83,7 +86,7 @@ def finished(value: float, feasible: bool, entropy: float = 0.6) -> optuna.trial
 
 
 def test_the_winner_has_the_smallest_loss_of_those_in_the_band(folder: RunFolder) -> None:
-    study = sweep.open_study(folder, 17)
+    study = sweep.open_study(P, folder)
     for trial in (finished(3.0, True), finished(1.0, False, 0.1), finished(2.0, True), finished(2.5, True)):
         study.add_trial(trial)
     study.add_trial(create_trial(state=TrialState.FAIL))
@@ -93,7 +96,7 @@ def test_the_winner_has_the_smallest_loss_of_those_in_the_band(folder: RunFolder
 
 
 def test_no_winner_is_an_error_that_says_what_was_seen(folder: RunFolder) -> None:
-    study = sweep.open_study(folder, 17)
+    study = sweep.open_study(P, folder)
     study.add_trial(finished(1.0, False, 0.05))
     study.add_trial(finished(2.0, False, 0.97))
     with pytest.raises(ValueError, match=r"seen \[0\.05, 0\.97\]"):
@@ -101,12 +104,12 @@ def test_no_winner_is_an_error_that_says_what_was_seen(folder: RunFolder) -> Non
 
 
 def test_open_study_tells_a_trial_that_was_cut_off_as_failed(folder: RunFolder) -> None:
-    study = sweep.open_study(folder, 17)
+    study = sweep.open_study(P, folder)
     for _ in range(2):
         study.ask()
     study.add_trial(finished(1.0, True))
     assert len(study.get_trials(states=[TrialState.RUNNING])) == 2
-    again = sweep.open_study(folder, 17)
+    again = sweep.open_study(P, folder)
     assert [trial.state for trial in again.trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
 
 
@@ -118,19 +121,36 @@ def test_a_sweep_asks_for_its_trials_once(folder: RunFolder, jobs: Jobs) -> None
     assert sweep.winner(study)["validation_loss"] == min(trial.value for trial in study.trials)
     again = sweep.run(P, folder)
     assert len(jobs.names) == 4 and sweep.winner(again) == sweep.winner(study)
-    more = params.validate(P.model_dump() | {"sweep": {"trials": 5, "steps": 6}})
-    assert len(sweep.run(more, folder).trials) == 5 and jobs.names[4:] == ["sweep-004"]
+
+
+def test_results_of_another_profile_or_corpus_count_for_nothing(folder: RunFolder, jobs: Jobs) -> None:
+    sweep.run(P, folder)
+    other = params.validate(P.model_dump() | {"seed": 18})
+    assert len(sweep.run(other, folder).trials) == 4 and len(jobs.names) == 8
+    write_text(folder / "data/manifest.json", "another corpus")
+    assert len(sweep.run(other, folder).trials) == 4 and len(jobs.names) == 12
+    assert len(sweep.run(other, folder).trials) == 4 and len(jobs.names) == 12
 
 
 def test_a_sweep_goes_on_after_it_was_cut_off(folder: RunFolder, jobs: Jobs) -> None:
     jobs.reports["sweep-001"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         sweep.run(P, folder)
-    before = sweep.open_study(folder, 17).trials
+    before = sweep.open_study(P, folder).trials
     assert before[1].state == TrialState.FAIL
     study = sweep.run(P, folder)
-    assert len(study.trials) == 4 and len(jobs.names) == len(set(jobs.names)) == 4
-    assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == 3
+    assert len(jobs.names) == len(set(jobs.names)) and study.trials[1].state == TrialState.FAIL
+    assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == 4  # the one cut off is asked again
+    assert len(sweep.answered(study)) == 4
+
+
+def test_results_of_another_profile_or_corpus_do_not_count(folder: RunFolder, jobs: Jobs) -> None:
+    sweep.run(P, folder)
+    sweep.run(params.validate(P.model_dump() | {"seed": 18}), folder)
+    assert len(jobs.names) == 8
+    (folder / "data/manifest.json").write_text("another corpus")
+    sweep.run(P, folder)
+    assert len(jobs.names) == 12
 
 
 def test_a_trial_that_diverges_is_a_result(folder: RunFolder, jobs: Jobs) -> None:
@@ -142,6 +162,8 @@ def test_a_trial_that_diverges_is_a_result(folder: RunFolder, jobs: Jobs) -> Non
     assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[0].user_attrs["error"].endswith("the gradient norm was not finite")
     assert len(study.trials[0].user_attrs["error"]) == 500
+    assert study.trials[1].user_attrs["error"] == "the validation loss is not a number"
+    assert len(jobs.names) == len(sweep.answered(study)) == 4  # they count: the sweep does not ask until all go well
     assert not study.trials[2].user_attrs["feasible"]  # one layer of two left the band
     assert sweep.winner(study)["trial"] == 3
 

@@ -1,4 +1,4 @@
-"""Real launches of a tiny model on real text: layouts agree, faults leave no trace, checkpoints outlive their layout."""
+"""Real launches of a tiny model on real text: layouts agree, faults leave no trace, checkpoints fit any layout."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_probes import QWEN, STACK
+from tiny_models import LLAMA, QWEN, STACK
 from transformers import AutoModelForCausalLM
 
 from stackpkg import params, runs
 from stackpkg.data import dedup, filters, labelled, longrange, provenance, shards, sources
+from stackpkg.model import StackForCausalLM
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
@@ -21,20 +22,16 @@ from stackpkg.training import launch, layout
 
 SOURCE = runs.root()  # of the text: the package itself
 STEPS, BATCH = 6, 8
-LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48,
-}  # fmt: skip
 NAN = {"kind": "nan_gradient", "step": 3, "rank": 0}
 KILL = {"kind": "kill", "step": 5, "rank": 1, "attempt": 1}
 
 
 def profile(processes: int, accumulation: int = 1, **model: Any) -> Params:
     """Two stages: a longer context and no retrieval in the second; a checkpoint every 2 steps."""
-    folders = {"stackpkg": "", "book/runbooks": "documentation"}
+    folders = {SOURCE / "stackpkg": "", SOURCE / "book/runbooks": "documentation", runs.root() / "alone": "alone"}
     values: dict[str, Any] = {
         "data": {
-            "sources": [{"kind": "folder", "path": str(SOURCE / path), "domain": d} for path, d in folders.items()],
+            "sources": [{"kind": "folder", "path": str(path), "domain": d} for path, d in folders.items()],
             "vocab_size": 512,
             "shard_tokens": 50_000,
             "validation_share": 0.1,
@@ -56,6 +53,8 @@ def profile(processes: int, accumulation: int = 1, **model: Any) -> Params:
 @pytest.fixture(scope="module")
 def lab(repository: Path) -> RunFolder:
     """A run whose data room has done its work, from reading the sources to the long-range tasks."""
+    (repository / "alone").mkdir()  # a domain of one document, which can't be held out
+    shutil.copy(SOURCE / "CONTRIBUTING.md", repository / "alone")
     p, audit = profile(1), []
     folder = RunFolder("lab")
     data = folder.path / "data"
@@ -148,7 +147,7 @@ def test_two_processes_compute_what_one_does(lab: RunFolder, alone, spread, sing
     reports = [read_json(lab.path / f"eval/{name}/epoch_002.json") for name in (single, double)]
     for key in ("validation_loss", "ema_validation_loss", "precision_at_k", "mrr", "long_range_accuracy"):
         assert reports[0][key] == pytest.approx(reports[1][key], rel=1e-4), key
-    assert reports[0]["step"] == STEPS
+    assert reports[0]["step"] == STEPS and list(reports[0]["validation_loss_by_domain"]) == ["code", "documentation"]
 
 
 def test_accumulation_changes_nothing_but_the_negatives(lab: RunFolder, alone) -> None:
@@ -241,6 +240,7 @@ def test_the_results_are_ordinary_folders_of_transformers(lab: RunFolder, alone,
     model = AutoModelForCausalLM.from_pretrained(home / "final")
     assert layout.weights_digest(model) == (alone | spread)[name]["weights_sha256"]  # what was trained, to the bit
     average = AutoModelForCausalLM.from_pretrained(home / "final_ema")
+    assert isinstance(model, StackForCausalLM) and isinstance(average, StackForCausalLM)
     assert layout.weights_digest(average) != layout.weights_digest(model)
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():

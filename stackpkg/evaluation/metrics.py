@@ -67,7 +67,7 @@ def evaluate_epoch(
     Every rank evaluates the same rows, so that sharded parameters are gathered equally often on all of them.
     """
     model.eval()
-    moe = routed(model.config)
+    moe = routed(model)
     # a domain of one document holds nothing out
     rows = {name: held for name in stream.domains if (held := stream.validation(name, p.evaluation.rows))}
     parts = {name: _losses(model, batch, device, moe) for name, batch in rows.items()}

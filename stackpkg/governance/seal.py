@@ -15,7 +15,7 @@ from typing import Any
 
 from stackpkg import params, runs
 
-ROLES = params.validate({}).governance.roles
+ROLES = ("architecture", "infrastructure", "safety")
 DECISIONS = ("approve", "approve-with-conditions", "reject")
 LOUD = "DEMONSTRATION KEYS: not an approval"
 _DEMONSTRATION = "@demonstration.invalid"  # RFC 2606: a name under .invalid belongs to nobody

@@ -43,7 +43,8 @@ class Composer:
         and ranks to the value of the step. `total` is `ranks` times their weighted sum: summed over micro-batches and
         averaged over ranks, as FSDP does, its gradient is that of the whole step; only `losses.info_nce` depends on
         the micro-batch. All rows of a step must have one length. `group` holds the data-parallel ranks, by default
-        all. A term of weight 0 is not computed.
+        all. A term of weight 0 is not computed. Raw load balance is the divergence it lowers; what is added to
+        `total` is its linearisation (`losses.load_balance`), so `total` is not the weighted sum of the raw terms.
         """
         w = self.weights
         raw: dict[str, Tensor] = {}

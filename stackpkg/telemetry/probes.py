@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stackpkg.model import attention_statistics
 
@@ -17,9 +17,9 @@ def normalised_entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(-1) / torch.log(torch.tensor(float(choices)))
 
 
-def routed(config: PreTrainedConfig) -> bool:
+def routed(model: nn.Module) -> bool:
     """Whether a model chooses among experts. A single expert is a dense network: there is no choice to watch."""
-    return any((getattr(config, name, 0) or 0) > 1 for name in ("num_experts", "num_local_experts"))
+    return any((getattr(model.config, name, 0) or 0) > 1 for name in ("num_experts", "num_local_experts"))
 
 
 @torch.no_grad()

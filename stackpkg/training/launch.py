@@ -70,12 +70,17 @@ def launch(
     """Run the job `name` to its end and return what it reported (`checkpoints/<name>/done.json`).
 
     An unfinished job with the same description resumes from its newest whole checkpoint; anything else starts fresh.
+    On several nodes the first call describes the job and raises `ValueError` with the command for every node; once the
+    cluster has finished it, the same call returns its report.
     Raises `RuntimeError` with the end of the log when the job fails, `TimeoutError` past `layout.timeout_minutes`.
     """
     spec = describe(name, p, folder, steps or p.max_steps, faults)
     home = folder.path / "checkpoints" / name
     job, done = home / "job.json", home / "done.json"
-    if done.exists() or not job.exists() or read_json(job).get("digest") != spec["digest"]:
+    same = job.exists() and read_json(job).get("digest") == spec["digest"]
+    if p.layout.nodes > 1 and same and done.exists():
+        return read_json(done)  # the cluster has finished the job that an earlier call described
+    if done.exists() or not same:
         _start_fresh(folder, name)
         write_json(job, spec)
     if p.layout.nodes > 1:

@@ -16,8 +16,10 @@ from transformers.distributed import DistributedConfig
 
 from stackpkg.params import Params
 
+COLLECTIVE = timedelta(minutes=10)  # a rank that is silent for longer is taken for dead
 
-def start(timeout_minutes: float) -> tuple[int, int]:
+
+def start() -> tuple[int, int]:
     """Join the process group that torchrun describes in the environment; (rank, ranks). Alone: a group of one."""
     cuda, told = torch.cuda.is_available(), os.environ
     if cuda:
@@ -25,14 +27,12 @@ def start(timeout_minutes: float) -> tuple[int, int]:
     rank, ranks = int(told.get("RANK", 0)), int(told.get("WORLD_SIZE", 1))
     store: dist.Store = dist.HashStore()
     if "RANK" in told:
-        # torchrun's agent keeps its store across restarts (torch 2.13); without a prefix of its own a restarted
+        # torchrun keeps its store across restarts (torch 2.13); without a prefix of its own a restarted
         # rank would connect to the addresses its dead predecessor left there.
-        agent = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), ranks, is_master=False)
-        store = dist.PrefixStore(f"restart-{told['TORCHELASTIC_RESTART_COUNT']}", agent)
+        kept = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), ranks, is_master=False)
+        store = dist.PrefixStore(f"restart-{told['TORCHELASTIC_RESTART_COUNT']}", kept)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=timeout_minutes)
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE)
     return rank, ranks
 
 

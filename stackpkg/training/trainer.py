@@ -63,7 +63,7 @@ class StackTrainer(Trainer):
         self.p, self.stream, self.folder, self.name, self.attempt = p, stream, folder, name, attempt
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.composer = Composer(p.objectives, top_k=getattr(model.config, "num_experts_per_tok", 1))
-        self.moe = routed(model.config)
+        self.moe = routed(model)
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = SkipNonFinite(), guard, faults
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
@@ -167,10 +167,9 @@ class StackTrainer(Trainer):
         self._raw.clear()
         updates = step - self.skips.total
         if step == 1 or step % self.p.training.epoch_steps == 0:
-            probe = torch.as_tensor(self.stream.validation(self.stream.domains[0], 1)[0]["input_ids"])[None].to(
-                self.args.device
-            )
-            self._probed = model_statistics(self.network, probe)
+            held_out = (row for domain in self.stream.domains for row in self.stream.validation(domain, 1))
+            probe = torch.as_tensor(next(held_out)["input_ids"], device=self.args.device)
+            self._probed = model_statistics(self.network, probe[None])
             reshard(self.network)
         return {
             "loss": loss,

@@ -43,7 +43,7 @@ def run(job_file: Path) -> None:
     """Train the job to its last step; rank 0 writes `done.json` when everything is on disk."""
     job, home = read_json(job_file), job_file.parent
     folder, p = home.parents[1], params.validate(job["params"])
-    rank, ranks = layout.start(p.layout.timeout_minutes)
+    rank, ranks = layout.start()
     attempt, checkpoint = _begin(home, rank)
     if rank == 0:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"

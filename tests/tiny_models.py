@@ -1,0 +1,15 @@
+"""Configurations of models small enough to train in a test."""
+
+STACK = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "block_size": 8,
+}  # fmt: skip
+QWEN = {
+    "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4,
+    "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48,
+}  # fmt: skip
