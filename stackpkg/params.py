@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -158,8 +160,8 @@ class Evaluation(Section):
     rows: int = Field(16, ge=1, description="validation sequences per domain")
     pairs: int = Field(64, ge=4, description="held-out retrieval pairs")
     k: int = Field(1, ge=1, le=100, description="precision@k, recall@k; a mined query has one relevant document")
-    min_precision_at_k: float = Field(0.75, ge=0, le=1, description="target; the curve's, not the smoke run's")
-    entropy_band: tuple[float, float] = Field((0.2, 0.9), description="normalised router entropy must stay inside")
+    min_precision_at_k: float = Field(0.75, ge=0, le=1, description="target; the specification has 0.75")
+    entropy_band: tuple[Share, Share] = Field((0.2, 0.9), description="normalised router entropy must stay inside")
 
 
 class Sweep(Section):

@@ -35,12 +35,14 @@ def facts(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
     records["source"] = records["source"].str.split("/").str[0].str.split("#").str[0]
     named = records.assign(licence=records["licence"].replace("", "unknown"))
     tables = {key: named.groupby(key)["text"].agg(["size"]).reset_index() for key in ("source", "licence", "domain")}
-    pages = [path.read_text(encoding="utf-8") for path in folder.matches("nb/*.ipynb") + folder.matches("eval/*.html")]
+    pages = [
+        path.read_text(encoding="utf-8") for path in folder.matches("nb/[0-5]*.ipynb") + folder.matches("eval/*.html")
+    ]
     return {
         "run": folder.name,
         "parameters": p.model_dump(mode="json"),
         "manifest": runs.read_json(folder.path / "data/manifest.json"),
-        "evidence": {path.stem: runs.read_json(path) for path in folder.matches("evidence/*.json")},
+        "evidence": {path.stem: runs.read_json(path) for path in folder.matches("evidence/[0-5]*.json")},
         "counts": {key: list(map(tuple, table.itertuples(index=False))) for key, table in tables.items()},
         "trust": named["trust"].describe().round(4).to_dict(),
         "hashes": named["hash_status"].value_counts().to_dict(),
