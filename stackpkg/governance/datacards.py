@@ -36,7 +36,8 @@ def facts(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
     named = records.assign(licence=records["licence"].replace("", "unknown"))
     tables = {key: named.groupby(key)["text"].agg(["size"]).reset_index() for key in ("source", "licence", "domain")}
     pages = [
-        path.read_text(encoding="utf-8") for path in folder.matches("nb/[0-5]*.ipynb") + folder.matches("eval/*.html")
+        path.read_text(encoding="utf-8")
+        for path in folder.matches("nb/[0-5]*.ipynb") + folder.matches("eval/epoch_*.html")
     ]
     return {
         "run": folder.name,
