@@ -26,6 +26,8 @@ SPACE = {  # name: low, high of a log-uniform draw, as a multiple of the profile
 
 def variant(p: Params, factors: dict[str, float]) -> Params:
     """The profile of one trial: one process, `sweep.steps` steps, one evaluation at the end, values times factors."""
+    if p.sweep.steps > p.max_steps:
+        raise ValueError(f"sweep.steps {p.sweep.steps} is above the {p.max_steps} steps of the curriculum; give fewer")
     values = p.model_dump()
     for name, factor in factors.items():
         section, key = name.split(".")

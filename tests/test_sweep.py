@@ -72,6 +72,8 @@ def test_a_variant_multiplies_and_runs_in_one_process() -> None:
 
 
 def test_a_variant_is_validated() -> None:
+    with pytest.raises(ValueError, match=r"sweep\.steps 99 is above the 12 steps"):
+        sweep.variant(params.validate(P.model_dump() | {"sweep": {"steps": 99}}), {})
     with pytest.raises(ValueError, match=r"objectives\.contrastive.*<= 10"):
         sweep.variant(P, {"objectives.contrastive": 1_000.0})
 
