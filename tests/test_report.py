@@ -54,7 +54,8 @@ def test_a_number_beyond_its_limit_fails(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_rose_fails(tmp_path: Path) -> None:
-    assert verdicts(tmp_path, epoch(validation_loss=4.2), epoch())["validation loss"] == ["FAIL"]
+    assert verdicts(tmp_path, epoch(validation_loss=4.21), epoch())["validation loss"] == ["FAIL"]  # by over 5 per cent
+    assert verdicts(tmp_path, epoch(validation_loss=4.19), epoch())["validation loss"] == ["SUCCESS"]
     assert verdicts(tmp_path, epoch(validation_loss=3.9), epoch())["validation loss"] == ["SUCCESS"]
 
 

@@ -20,6 +20,8 @@ from evidently.tests import gte, lte
 from stackpkg.params import Params
 from stackpkg.runs import replacing
 
+REGRESSION = 1.05  # a few validation rows are noisy; an epoch this much worse than the one before is not noise
+
 
 class Measured(SingleValueMetric):
     """A number measured outside evidently, carried in a column of one row."""
@@ -59,7 +61,7 @@ def limits(p: Params, name: str, previous: dict[str, float] | None) -> list[Any]
         return [gte(p.evaluation.min_precision_at_k)]
     if name.startswith("router_entropy"):
         return [gte(low), lte(high)]
-    return [lte(previous[name])] if name == "validation_loss" and previous else []
+    return [lte(REGRESSION * previous[name])] if name == "validation_loss" and previous else []
 
 
 def write(report: dict[str, Any], previous: dict[str, Any] | None, p: Params, target: Path) -> pd.DataFrame:
