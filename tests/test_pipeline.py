@@ -100,7 +100,9 @@ class Repository:
     def command(self, *arguments: str) -> subprocess.Popen[str]:
         """`stackpkg run` in a process of its own."""
         profile = runs.write_text(self.root / "params/demo.yaml", "run: demo\n")
-        code = "from stackpkg.cli import app; app()"
+        # a shell's background job ignores SIGINT, and so would what it starts
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        code += "from stackpkg.cli import app; app()"
         return subprocess.Popen(
             [sys.executable, "-c", code, "run", str(profile), *arguments],
             cwd="/",
