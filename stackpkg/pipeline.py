@@ -204,7 +204,8 @@ def execute(stage: Stage, p: Params, folder: RunFolder, stream: TextIO) -> dict[
         if output.exists():
             _scrub(output, stage.path)
         del record["pid"]
-        write_json(lock, record | {"seconds": round(time.monotonic() - start, 1)})
+        record["seconds"] = round(time.monotonic() - start, 1)
+        write_json(lock, record)
     return record
 
 
@@ -267,9 +268,10 @@ def run(
                 write_json(folder / "config/environment.json", environment())
                 executed = True
             record = execute(stage, p, folder, stream)
-            done = read_json(folder.path / "lock" / f"{stage.name}.json")
-            stream.write(f"{'':8}{record['state']} in {done['seconds']:.1f} s\n")
-        left = [] if dry_run else [stage.name for stage in stages() if reason_to_run(stage, p, folder)]
+            stream.write(f"{'':8}{record['state']} in {record['seconds']:.1f} s\n")
+        known = stages()
+        settled = dry_run or (not executed and len(chosen) == len(known))  # the loop has just found every one unchanged
+        left = [] if settled else [stage.name for stage in known if reason_to_run(stage, p, folder)]
         if dry_run or left:
             stream.write(f"not sealed; these stages have to run first: {', '.join(left)}\n" if left else "")
             return None

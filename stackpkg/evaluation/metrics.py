@@ -39,8 +39,7 @@ def _losses(model: nn.Module, rows: list[dict[str, np.ndarray]], device: torch.d
     }
 
 
-def _mean_loss(model: nn.Module, batches: dict[str, list], device: torch.device, moe: bool) -> dict[str, float]:
-    parts = {name: _losses(model, rows, device, moe) for name, rows in batches.items()}
+def _means(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {name: part["loss"] / max(1, part["tokens"]) for name, part in parts.items()}
 
 
@@ -79,11 +78,11 @@ def evaluate_epoch(
     )
     retrieval = ranking(query @ document.T, pairs["pair_key"][:, None] == pairs["pair_key"][None], p.evaluation.k)
     with averaged():
-        ema = _mean_loss(model, rows, device, moe)
+        ema = _means({name: _losses(model, batch, device, moe) for name, batch in rows.items()})
     layers = [torch.cat(layer) for layer in zip(*(part["router"] for part in parts.values()), strict=True)]
     balance = router_balance(layers, getattr(model.config, "num_experts_per_tok", 1)) if layers else []
     model.train()
-    losses = {name: part["loss"] / max(1, part["tokens"]) for name, part in parts.items()}
+    losses = _means(parts)
     return {
         "validation_loss": float(np.mean(list(losses.values()))),
         "validation_loss_by_domain": losses,
