@@ -11,72 +11,15 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
+from stackpkg.schema import Auxiliary, Data, Section, Share, Source, Stage, Until
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Source(Section):
-    """Where text comes from. `distributions` reads the Python packages installed on this machine."""
-
-    kind: Literal["distributions", "folder", "jsonl", "parquet", "datasets"] = "distributions"
-    path: str = Field("", description="file, folder or Hugging Face datasets id; unused by `distributions`")
-    split: str = Field("train", description="split of a datasets id")
-    text_field: str = Field("text", description="column that holds the text (jsonl, parquet, datasets)")
-    domain: str = Field("", description="domain of every record of this source; empty: told from the file")
-    licence: str = Field("", description="SPDX licence of every record of this source; empty: from its metadata")
-    max_mb: float = Field(24.0, gt=0, le=1e7, description="megabytes of text to read at most")
-
-    @model_validator(mode="after")
-    def _path_given(self) -> Source:
-        if self.kind != "distributions" and not self.path:
-            raise ValueError(f"a source of kind {self.kind!r} needs `path`: a file, a folder or a datasets id")
-        return self
-
-
-class Data(Section):
-    """Curation: filters, near-duplicate removal, domain mixing, tokenizer, shards (spec: Records)."""
-
-    sources: list[Source] = Field(default_factory=lambda: [Source()], min_length=1)
-    min_words: int = Field(20, ge=1, le=10_000, description="shorter documents are dropped (words)")
-    max_document_kb: float = Field(256.0, gt=0, le=1e5, description="longer documents are dropped (kilobytes)")
-    max_repetition: float = Field(0.5, gt=0, le=1, description="largest share of duplicated lines (Gopher)")
-    min_alphabetic: float = Field(0.4, ge=0, le=1, description="smallest share of letters among characters")
-    shingle_words: int = Field(5, ge=1, le=20, description="words per shingle for MinHash")
-    jaccard: float = Field(0.8, gt=0, le=1, description="documents at least this similar are near-duplicates")
-    min_trust: float = Field(0.6, ge=0, le=1, description="records below this trust are rejected")
-    ttl_seconds: int = Field(31_536_000, ge=1, description="time-to-live of a record (seconds)")
-    temperature: float = Field(0.7, gt=0, le=10, description="domain share is proportional to tokens ** temperature")
-    vocab_size: int = Field(4096, ge=300, le=262_144, description="size of the byte-level BPE trained here")
-    shard_tokens: int = Field(1_000_000, ge=1_000, description="tokens per shard at most")
-    validation_share: float = Field(0.05, gt=0, lt=0.5, description="share of documents held out")
-
-
-class Stage(Section):
-    """One stage of the curriculum."""
-
-    steps: int = Field(12, ge=1, description="optimiser steps in this stage")
-    context: int = Field(256, ge=16, le=1_048_576, description="tokens per sequence")
-    long_range: float = Field(0.125, ge=0, le=0.9, description="share of rows that are long-range tasks")
-    retrieval: bool = Field(True, description="retrieval pairs ride along with each row")
-
-
-class Auxiliary(Section):
-    """Labelled data for the auxiliary objectives."""
-
-    pairs: int = Field(1_000, ge=8, description="docstring -> function pairs to mine at most")
-    hard_negatives: int = Field(1, ge=1, le=8, description="other functions of the same module, per pair")
-    query_tokens: int = Field(32, ge=8, le=1_024, description="tokens of a query")
-    document_tokens: int = Field(64, ge=8, le=4_096, description="tokens of a document")
-    long_range_tasks: int = Field(512, ge=8, description="associative-recall tasks to generate")
-
+__all__ = ["Auxiliary", "Data", "Section", "Share", "Source", "Stage", "Until"]  # the data half of the same schema
 
 class Model(Section):
     """`stack` builds the reference model of the spec; `auto` any Hugging Face causal LM."""
@@ -129,7 +72,7 @@ class Optimization(Section):
 class Training(Section):
     """The size of the run. Its length is the sum of the curriculum's stages."""
 
-    batch_rows: int = Field(8, ge=1, description="sequences per optimiser step, over all ranks")
+    batch_tokens: int = Field(2_048, ge=1, description="tokens per optimiser step over all ranks, in every stage")
     accumulation: int = Field(1, ge=1, le=1_024, description="micro-batches per optimiser step and rank")
     epoch_steps: int = Field(12, ge=1, description="optimiser steps between two evaluations and snapshots")
     checkpoint_steps: int = Field(6, ge=1, description="optimiser steps between two checkpoints")
@@ -198,14 +141,19 @@ class Params(Section):
     def max_steps(self) -> int:
         return sum(stage.steps for stage in self.curriculum)
 
+    def rows(self, stage: Stage) -> int:
+        """Sequences of one optimiser step: as many as make `training.batch_tokens`."""
+        return self.training.batch_tokens // stage.context
+
     @model_validator(mode="after")
     def _batch_divides(self) -> Params:
         parts = self.layout.processes * self.training.accumulation
-        if self.training.batch_rows % parts:
-            raise ValueError(
-                f"training.batch_rows = {self.training.batch_rows} is not a multiple of "
-                f"layout.processes x training.accumulation = {parts}"
-            )
+        for stage in self.curriculum:
+            if self.training.batch_tokens % (stage.context * parts):
+                raise ValueError(
+                    f"training.batch_tokens = {self.training.batch_tokens} is not a multiple of context x "
+                    f"layout.processes x training.accumulation = {stage.context} x {parts} of a curriculum stage"
+                )
         return self
 
 
@@ -219,6 +167,8 @@ def _section(path: tuple[str | int, ...]) -> Any:
             here = get_args(here)[0]
         else:
             here = None
+        if get_origin(here) in (Union, UnionType):  # an optional section
+            here = get_args(here)[0]
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
 
 

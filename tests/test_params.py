@@ -27,6 +27,7 @@ PLACES: dict[str, tuple[type[BaseModel], Any]] = {
     "": (params.Params, lambda values: values),
     "curriculum.0.": (params.Stage, lambda values: {"curriculum": [values]}),
     "data.sources.0.": (params.Source, lambda values: {"data": {"sources": [values]}}),
+    "curriculum.0.until.": (params.Until, lambda values: {"curriculum": [{"until": values}]}),
 } | {
     f"{name}.": (section, lambda values, name=name: {name: values}) for name, section in SECTIONS.items()
 }  # where a key can stand -> its schema, and a profile with the values at that place
@@ -118,7 +119,7 @@ def test_infinity_and_nan_are_outside_every_range(place: str, name: str) -> None
         ({"optimization": {"betas": [0.9, 1.0]}}, "optimization.betas.1: "),
         ({"optimization": {"betas": [0.9]}}, "optimization.betas"),
         ({"optimization": {"floor": 0.1}}, "floor 0.1 is above learning_rate 0.0002"),
-        ({"training": {"batch_rows": 3}}, "training.batch_rows = 3 is not a multiple of"),
+        ({"training": {"batch_tokens": 300}}, "training.batch_tokens = 300 is not a multiple of"),
         ({"training": {"precision": "fp16"}}, "'fp32' or 'bf16'"),
         ({"layout": {"processes": 4, "fsdp": 3}}, "processes 4 is not a multiple of fsdp 3"),
         ({"layout": {"processes": 4, "nodes": 3}}, "processes 4 is not a multiple of nodes 3"),
@@ -134,8 +135,8 @@ def test_other_bad_values(values: dict[str, Any], expected: str) -> None:
 
 
 def test_every_problem_is_named_at_once() -> None:
-    said = message({"sed": 1, "training": {"batch_row": 8, "epoch_steps": 0}, "curriculum": [{"context": 1}]})
-    for line in ("sed: unknown key; did you mean 'seed'", "did you mean 'batch_rows'", "training.epoch_steps: "):
+    said = message({"sed": 1, "training": {"batch_token": 8, "epoch_steps": 0}, "curriculum": [{"context": 1}]})
+    for line in ("sed: unknown key; did you mean 'seed'", "did you mean 'batch_tokens'", "training.epoch_steps: "):
         assert line in said
     assert re.search(r"^curriculum\.0\.context: .*allowed: >= 16, <= 1.04858e\+06$", said, re.MULTILINE)
 
@@ -145,7 +146,7 @@ def test_a_profile_can_not_be_changed_after_it_was_checked() -> None:
     with pytest.raises(ValueError, match="frozen"):
         p.seed = 3
     with pytest.raises(ValueError, match="frozen"):
-        p.training.batch_rows = 3
+        p.training.batch_tokens = 300
 
 
 def test_the_model_s_own_configuration_is_left_to_the_model() -> None:
@@ -218,7 +219,7 @@ def test_a_file_that_is_no_profile(tmp_path: Path, text: str) -> None:
 
 # --- notebooks
 
-DEFAULTS = '# Parameters\nrun = "lab"  # folder\nseed = 17\ntraining = {"batch_rows": 8}\n'
+DEFAULTS = '# Parameters\nrun = "lab"  # folder\nseed = 17\ntraining = {"batch_tokens": 2048}\n'
 
 
 def test_injected_values_replace_defaults_and_nothing_else_counts() -> None:
@@ -229,7 +230,7 @@ def test_injected_values_replace_defaults_and_nothing_else_counts() -> None:
 
 
 def test_without_injection_the_defaults_hold() -> None:
-    assert params.from_notebook({"In": ["", DEFAULTS]}).training.batch_rows == 8
+    assert params.from_notebook({"In": ["", DEFAULTS]}).training.batch_tokens == 2048
 
 
 def test_a_cell_run_again_by_hand_wins_over_its_earlier_self() -> None:
@@ -238,8 +239,8 @@ def test_a_cell_run_again_by_hand_wins_over_its_earlier_self() -> None:
 
 def test_a_front_end_without_history_gives_what_the_cells_assigned() -> None:
     """nbval executes cells so that `In` stays empty; the defaults of the schema must not step in unseen."""
-    p = params.from_notebook({"In": [""], "seed": 3, "training": {"batch_rows": 4}, "other": 5})
-    assert p == params.validate({"seed": 3, "training": {"batch_rows": 4}})
+    p = params.from_notebook({"In": [""], "seed": 3, "training": {"batch_tokens": 1024}, "other": 5})
+    assert p == params.validate({"seed": 3, "training": {"batch_tokens": 1024}})
     with pytest.raises(ValueError, match="no cell that starts with `# Parameters` has run yet"):
         params.from_notebook({"In": ["", "import os"], "os": 1})
 
@@ -247,8 +248,8 @@ def test_a_front_end_without_history_gives_what_the_cells_assigned() -> None:
 def test_a_misspelt_injected_key_is_refused() -> None:
     with pytest.raises(ValueError, match="sede: unknown key; did you mean 'seed'"):
         params.from_notebook({"In": ["", DEFAULTS, "# Parameters\nsede = 3\n"]})
-    with pytest.raises(ValueError, match=r"training\.batch_row: unknown key; did you mean 'batch_rows'"):
-        params.from_notebook({"In": ["", DEFAULTS, '# Parameters\ntraining = {"batch_row": 3}\n']})
+    with pytest.raises(ValueError, match=r"training\.batch_token: unknown key; did you mean 'batch_tokens'"):
+        params.from_notebook({"In": ["", DEFAULTS, '# Parameters\ntraining = {"batch_token": 3}\n']})
 
 
 @given(
