@@ -1,4 +1,4 @@
-"""`stackpkg`: run, status, verify, sign, book."""
+"""`stackpkg`: run, trace, status, verify, sign, book."""
 
 from __future__ import annotations
 
@@ -67,6 +67,34 @@ def run(
         typer.echo(f"sealed outbox/{p.run}, manifest {sealed['manifest_sha256'][:16]}")
         typer.secho(sealed["notice"], fg="yellow", bold=True)
         typer.echo("\n".join(sealed["problems"]))
+
+
+@app.command()
+def trace(
+    path: Folder,
+    step: Annotated[
+        int | None, typer.Option("--step", help="optimiser step, from 0: which documents were in it?")
+    ] = None,
+    document: Annotated[
+        str | None, typer.Option("--document", help="record id, or its source: which steps read it?")
+    ] = None,
+    job: Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")] = "main",
+) -> None:
+    """From a step to its documents, or from a document to its steps."""
+    if (step is None) == (document is None):
+        _stop("give one of --step and --document")
+    import hashlib
+
+    from stackpkg.data.ledger import Ledger
+
+    try:
+        ledger = Ledger(_folder(path).path, job)
+        named = hashlib.sha256(document.encode()).hexdigest()[:16] if document else ""
+        known = document if document in set(ledger.stream.corpus.records) else named
+        rows = ledger.step(step) if step is not None else ledger.document(known)
+    except ValueError as error:
+        _stop(error)
+    typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in rows) or "none")
 
 
 @app.command()

@@ -21,6 +21,7 @@ from stackpkg.schema import Auxiliary, Data, Section, Share, Source, Stage, Unti
 
 __all__ = ["Auxiliary", "Data", "Section", "Share", "Source", "Stage", "Until"]  # the data half of the same schema
 
+
 class Model(Section):
     """`stack` builds the reference model of the spec; `auto` any Hugging Face causal LM."""
 
@@ -154,6 +155,8 @@ class Params(Section):
                     f"training.batch_tokens = {self.training.batch_tokens} is not a multiple of context x "
                     f"layout.processes x training.accumulation = {stage.context} x {parts} of a curriculum stage"
                 )
+        if self.curriculum[-1].until:
+            raise ValueError("the last curriculum stage can't have `until`: it takes the steps that the others saved")
         return self
 
 

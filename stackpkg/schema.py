@@ -79,7 +79,9 @@ class Data(Section):
     trust_half_life: int = Field(
         157_680_000, ge=1, description="seconds after which the age of a record has halved its trust (five years)"
     )
-    signers: str = Field("", description="key list: one `source-prefix ed25519-public-key` a line; empty: no signatures")
+    signers: str = Field(
+        "", description="key list: one `source-prefix ed25519-public-key` a line; empty: no signatures"
+    )
     unsigned: Literal["accept", "reject"] = Field("accept", description="what happens to a record without signature")
     # --- mixture
     temperature: float = Field(0.7, gt=0, le=10, description="domain share is proportional to tokens ** temperature")

@@ -57,7 +57,7 @@ def test_help_names_every_command() -> None:
     [
         ("sed: 3\n", "sed: unknown key; did you mean 'seed'? allowed: run, seed, data"),
         ("training: {epoch_steps: 0}\n", "training.epoch_steps: Input should be greater than or equal to 1; given 0"),
-        ("training: {batch_rows: 3}\n", "training.batch_rows = 3 is not a multiple of"),
+        ("training: {batch_tokens: 300}\n", "training.batch_tokens = 300 is not a multiple of"),
         ("data: {sources: [{kind: jsonl}]}\n", "needs `path`: a file, a folder or a datasets id"),
         ("seed: [1\n", "is not YAML"),
         ("- 1\n", "must hold a mapping"),

@@ -61,7 +61,7 @@ def folder(repository: Path, request: pytest.FixtureRequest) -> RunFolder:
 
 def profile(timeout_minutes: float = 2.0, **layout: int) -> Params:
     made = {"processes": 1, "fsdp": 1, "timeout_minutes": timeout_minutes} | layout
-    return params.validate({"layout": made, "training": {"batch_rows": 64}})
+    return params.validate({"layout": made, "training": {"batch_tokens": 16384}})
 
 
 def start(worker: str, monkeypatch: pytest.MonkeyPatch, folder: RunFolder, p: Params | None = None, **more) -> dict:

@@ -1,49 +1,63 @@
 """Which rows a rank reads: any number of ranks and micro-batches reads every row once, in the same order."""
 
+import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from data_corpus import corpus, profile
+from torch.utils.data import DataLoader
 
-from stackpkg.training.loader import RankBatches, collate
+from stackpkg.data.stream import Stream
+from stackpkg.training.loader import RankBatches, StreamDataset, collate
 
 
-@given(
-    ranks=st.sampled_from([1, 2, 4]),
-    accumulation=st.sampled_from([1, 2]),
-    size=st.integers(1, 5),
-    steps=st.integers(1, 7),
-)
-def test_a_step_is_its_rows_in_order_on_any_layout(ranks: int, accumulation: int, size: int, steps: int) -> None:
-    rows = size * accumulation * ranks
-    readers = [RankBatches(steps, rows, accumulation, rank, ranks) for rank in range(ranks)]
-    assert all(len(list(reader)) == len(reader) == steps * accumulation for reader in readers)
-    lists = [list(reader) for reader in readers]
-    for step in range(steps):
+@pytest.fixture(scope="module")
+def stream() -> Stream:
+    return Stream(corpus(), profile())
+
+
+def reader(stream: Stream, accumulation: int, rank: int, ranks: int, start: int = 0) -> RankBatches:
+    return RankBatches(stream, 20, accumulation, rank, ranks, lambda: start)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_is_its_rows_in_order_on_any_layout(stream: Stream, ranks: int, accumulation: int) -> None:
+    if ranks * accumulation > 8:
+        pytest.skip("the second stage has eight rows a step")
+    readers = [reader(stream, accumulation, rank, ranks) for rank in range(ranks)]
+    lists = [list(each) for each in readers]
+    assert all(len(rows) == len(each) == 20 * accumulation for rows, each in zip(lists, readers, strict=True))
+    for step in range(20):
         micros = range(step * accumulation, (step + 1) * accumulation)
         # over micro-batches, then over ranks: the rows of the step, none twice, none left out
-        read = [row for micro in micros for reader in lists for row in reader[micro]]
-        assert read == list(range(step * rows, (step + 1) * rows))
-        assert all(len(reader[micro]) == size for micro in micros for reader in lists)
+        assert [row for micro in micros for each in lists for row in each[micro]] == list(stream.plan.rows_at(step))
 
 
-def test_micro_batches_see_the_same_rows_on_any_number_of_ranks() -> None:
+def test_micro_batches_see_the_same_rows_on_any_number_of_ranks(stream: Stream) -> None:
     """In-batch negatives depend on what is in one micro-batch over all ranks, so that may not depend on the ranks."""
-    alone = list(RankBatches(3, 8, 2, 0, 1))
-    spread = [list(RankBatches(3, 8, 2, rank, 4)) for rank in range(4)]
-    assert alone == [[row for reader in spread for row in reader[micro]] for micro in range(6)]
+    alone = list(reader(stream, 2, 0, 1))
+    spread = [list(reader(stream, 2, rank, 4)) for rank in range(4)]
+    assert alone == [[row for each in spread for row in each[micro]] for micro in range(40)]
 
 
-class Numbers(Dataset):
-    def __len__(self) -> int:
-        return 100
-
-    def __getitem__(self, row: int) -> dict:
-        return {"row": torch.tensor(row), "ids": torch.full((3,), row)}
+def test_a_resume_begins_at_its_step_without_looking_back(stream: Stream) -> None:
+    assert list(reader(stream, 2, 1, 2, start=13)) == list(reader(stream, 2, 1, 2))[26:]
 
 
-def test_a_loader_gives_them_as_stacked_tensors() -> None:
-    loader = DataLoader(Numbers(), batch_sampler=RankBatches(2, 8, 2, 1, 2), collate_fn=collate)
+def test_a_decision_holds_from_the_first_step_that_was_not_asked_for() -> None:
+    stream = Stream(corpus(), profile())
+    batches = reader(stream, 1, 0, 1)
+    asked = iter(batches)
+    read = [next(asked) for _ in range(4)]
+    assert batches.next_step == 4
+    stream.schedule.use([{"kind": "skip", "step": batches.next_step, "steps": 3}])
+    assert read == [list(stream.plan.rows_at(step)) for step in range(4)]
+    assert next(asked) == list(stream.plan.rows_at(7))
+
+
+def test_a_loader_gives_them_as_stacked_tensors(stream: Stream) -> None:
+    loader = DataLoader(StreamDataset(stream), batch_sampler=reader(stream, 2, 1, 2), collate_fn=collate)
     batches = list(loader)
-    assert [batch["row"].tolist() for batch in batches] == [[2, 3], [6, 7], [10, 11], [14, 15]]
-    assert batches[0]["ids"].tolist() == [[2, 2, 2], [3, 3, 3]]
+    assert (
+        len(batches) == 40 and batches[0]["input_ids"].shape == (4, 64) and batches[-1]["input_ids"].shape == (2, 128)
+    )
+    assert torch.equal(batches[1]["labels"], torch.as_tensor(stream[0]["labels"][12:16]))

@@ -66,7 +66,7 @@ def test_chunked_attention_equals_the_dense_definition(length: int, changes: dic
     model = small(**changes)
     layer, x = model.model.layers[0].self_attn, torch.randn(2, length, 32)
     rotation = attention.rotary(model.config, torch.arange(length)[None], x.dtype)
-    visible = attention.visible_keys(model.config, length, x.device)
+    visible = attention.visible_keys(model.config, torch.zeros(2, length, dtype=torch.long))
     out, _ = layer(x, rotation, visible, False)
     torch.testing.assert_close(out, torch.stack([dense(layer, row) for row in x]), atol=1e-5, rtol=1e-5)
 
@@ -86,6 +86,48 @@ def test_no_output_depends_on_a_later_token(length: int, data: st.DataObject) ->
         error = (before[:, :changed] - after[:, :changed]).abs().max()
         assert error <= (0 if experts == 1 else 1e-6)
         assert not torch.equal(before[:, changed:], after[:, changed:])
+
+
+def packed(lengths: list[int], ids: torch.Tensor) -> torch.Tensor:
+    """Positions of documents of these lengths, one after another, as a packed row has them."""
+    return torch.cat([torch.arange(n) for n in lengths])[None].expand(len(ids), -1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=5), data=st.data())
+def test_a_packed_document_sees_nothing_of_another(lengths: list[int], data: st.DataObject) -> None:
+    which = data.draw(st.integers(0, len(lengths) - 1))
+    start, ids = sum(lengths[:which]), tokens(1, sum(lengths))
+    other = (ids + 1) % 64
+    other[:, start : start + lengths[which]] = ids[:, start : start + lengths[which]]
+    for changes in ({"num_experts": 1, "num_experts_per_tok": 1}, {"summaries_per_block": 1}):
+        model, positions = small(**changes).eval(), packed(lengths, ids)
+        with torch.no_grad():
+            mine, theirs = (model(input_ids=row, position_ids=positions).logits for row in (ids, other))
+        difference = (mine - theirs)[0].abs().amax(-1)
+        assert difference[start : start + lengths[which]].max() < 1e-6
+        assert difference.max() > 1e-3, "the other documents should have changed"
+
+
+def test_a_document_at_the_start_of_a_row_is_as_if_alone() -> None:
+    model, ids = small().eval(), tokens(2, 64)
+    with torch.no_grad():
+        row = model(input_ids=ids, position_ids=packed([48, 16], ids)).logits
+        alone = model(input_ids=ids[:, :48]).logits
+    torch.testing.assert_close(row[:, :48], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_models_of_transformers_keep_packed_documents_apart_too(kind: str) -> None:
+    config = dict(QWEN.config) if kind == "qwen3_moe" else {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    model, ids = build(params.Model(kind="auto", config=config), 64, 0, 1).eval(), tokens(2, 30)
+    with torch.no_grad():
+        row = model(input_ids=ids, position_ids=packed([11, 19], ids), use_cache=False).logits
+        parts = [model(input_ids=part).logits for part in (ids[:, :11], ids[:, 11:])]
+    torch.testing.assert_close(row, torch.cat(parts, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_summaries_carry_what_the_window_cannot_see() -> None:
@@ -214,7 +256,7 @@ def test_a_leaking_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def leaky(*arguments: object) -> torch.Tensor:
         visible = honest(*arguments)
-        visible[0, 3, 16 + 5] = True  # token 3 sees token 5
+        visible[0, 0, 3, 16 + 5] = True  # token 3 sees token 5
         return visible
 
     monkeypatch.setattr("stackpkg.model.modeling.visible_keys", leaky)

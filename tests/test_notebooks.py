@@ -103,7 +103,7 @@ def test_what_the_code_asks_of_the_parameters_is_declared(name: str) -> None:
 @pytest.mark.parametrize("profile", ["smoke", "dry_run", "cluster", "one process"])
 def test_the_declared_part_of_a_valid_profile_is_valid(name: str, profile: str) -> None:
     if profile == "one process":
-        p = params.validate({"layout": {"processes": 1, "fsdp": 1}, "training": {"batch_rows": 3}})
+        p = params.validate({"layout": {"processes": 1, "fsdp": 1}, "training": {"batch_tokens": 768}})
     else:
         p = params.load(ROOT / f"params/{profile}.yaml")
     declared = params.assigned(code(name)[0].source)

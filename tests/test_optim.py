@@ -81,12 +81,12 @@ def test_effective_beta_is_the_weight_of_the_past_in_adam(beta: float) -> None:
 
 
 def test_training_arguments_divide_the_batch_and_hide_no_nan(tmp_path: Path) -> None:
-    layout, training = {"processes": 4, "fsdp": 2}, {"batch_rows": 24, "accumulation": 3}
+    layout, training = {"processes": 4, "fsdp": 2}, {"batch_tokens": 24 * 256, "accumulation": 3}
     p = params.validate({"layout": layout, "training": training, "optimization": {"betas": (0.8, 0.9), "clip": 0.5}})
     made = TrainingArguments(**training_arguments(p, tmp_path, 7), use_cpu=True)
     assert made.logging_nan_inf_filter is False and made.logging_steps == 1
     assert made.per_device_train_batch_size == 2 and made.gradient_accumulation_steps == 3
-    assert 4 * made.per_device_train_batch_size * made.gradient_accumulation_steps == p.training.batch_rows
+    assert 4 * made.per_device_train_batch_size * made.gradient_accumulation_steps * 256 == p.training.batch_tokens
     assert (made.adam_beta1, made.adam_beta2, made.max_grad_norm, made.max_steps) == (0.8, 0.9, 0.5, 7)
     assert made.report_to == [] and made.optim == "adamw_torch_fused"
     factored = params.validate({"optimization": {"optimizer": "adafactor"}})

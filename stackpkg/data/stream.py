@@ -1,166 +1,180 @@
-"""The seekable batch stream: row i is a pure function of (seed, manifest, curriculum, i), on any number of ranks."""
+"""The seekable stream: batch `stream[t]` is a pure function of (seed, manifest, curriculum, decisions, t)."""
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from stackpkg import runs
-from stackpkg.data import longrange, mixing, shards
-from stackpkg.data.curriculum import Plan
+from stackpkg.data import longrange, tokenizer
+from stackpkg.data.corpus import Corpus
+from stackpkg.data.curriculum import Decision, Plan
+from stackpkg.data.schedule import NEVER, Piece, Schedule, permutation
 from stackpkg.params import Params
 
 IGNORE = -100  # label of a token that is not trained on
-FILES = ("long_range.parquet", "pairs.parquet")
-Piece = tuple[int, int, int]  # document, first token inside it, tokens
-
-
-class Corpus:
-    """Token shards, memory-mapped. Raises `ValueError` that names every file that is not the manifest's."""
-
-    def __init__(self, folder: Path) -> None:
-        if not (folder / "manifest.json").exists():
-            raise ValueError("data/manifest.json is missing: run notebook 10, or let its build end")
-        if broken := shards.verify(folder):
-            raise ValueError(f"corrupt or missing: {', '.join(broken)}; notebook 11 shows the way back")
-        self.manifest, self.digest = runs.read_json(folder / "manifest.json"), runs.digest(folder / "manifest.json")
-        self.names = [entry["name"] for entry in self.manifest["shards"]]
-        self.maps = [np.memmap(folder / "shards" / name, self.manifest["dtype"], "r") for name in self.names]
-        index = pq.read_table(folder / "shards/index.parquet").to_pandas()
-        self.records, self.offset, self.tokens = (index[name].to_numpy() for name in ("record_id", "offset", "tokens"))
-        self.shard = index["shard"].map({name: k for k, name in enumerate(self.names)}).to_numpy()
-        self.members = index.groupby(["split", "domain"]).indices
-
-    def span(self, order: np.ndarray, ends: np.ndarray, start: int, length: int) -> Iterator[Piece]:
-        """Pieces that cover `length` tokens from `start` of documents in `order`; `ends`: their cumulated lengths."""
-        k = int(np.searchsorted(ends, start, side="right"))
-        while length > 0 and k < len(order):
-            count = min(length, int(ends[k]) - start)
-            yield int(order[k]), int(self.tokens[order[k]] - ends[k]) + start, count
-            start, length, k = start + count, length - count, k + 1
-
-    def read(self, pieces: Iterator[Piece]) -> np.ndarray:
-        """int64[tokens] of the pieces, one after another."""
-        starts = ((self.maps[self.shard[d]], int(self.offset[d]) + begin, count) for d, begin, count in pieces)
-        return np.concatenate([tokens[first : first + count] for tokens, first, count in starts]).astype(np.int64)
+KEYS = {"pairs": "pair_key", "preferences": "preference_key"}  # of a labelled set: the column that is -1 for none,
+RATES = {"pairs": "retrieval", "preferences": "preferences"}  # and what a stage calls the share of steps with it
+Batch = dict[str, np.ndarray]
 
 
 class Stream:
-    """Rows of the run, `p.training.batch_rows` of them an optimiser step; `folder` is the run's `data/`.
+    """Batches of the run, `training.batch_tokens` tokens an optimiser step; `folder` is the run's `data/`.
 
-    Each domain is read in epochs: its training documents permuted, each ended by `<eos>`, concatenated, cut to the
-    context. A row costs O(log documents) once its epoch's permutation is made.
+    Documents are packed whole, each ended by `<eos>`, and told apart by `position_ids`, which restart at 0 with each.
     """
 
-    def __init__(self, folder: Path, p: Params) -> None:
-        self.p, self.corpus, self.shortest = p, Corpus(folder), min(stage.context for stage in p.curriculum)
+    def __init__(self, folder: Path, p: Params, decisions: Iterable[Decision] = ()) -> None:
+        self.p, self.corpus = p, Corpus(folder)
+        self.schedule = Schedule(self.corpus, p, decisions)
         manifest = self.corpus.manifest
-        self.domains, self.manifest_digest = list(manifest["mixture"]), self.corpus.digest
+        self.domains, self.manifest_digest = self.schedule.domains, self.corpus.digest
         self.vocab_size, self.pad_id = int(manifest["vocab_size"]), int(manifest["pad_id"])
-        self.plan = Plan(p, manifest["mixture"])
-        tasks, pairs = (shards.read_ids(folder / name, manifest[shards.STAMP]) for name in FILES)
-        self.tasks = {split: [task for task in tasks if task["split"] == split] for split in ("train", "held_out")}
-        self.pairs = {split: self._padded([row for row in pairs if row["split"] == split]) for split in self.tasks}
-        self._order = lru_cache(maxsize=64)(lambda n, *key: mixing.permutation(n, p.seed, *key))
-        self._epoch = lru_cache(maxsize=4 * len(self.domains))(self._permuted)
+        self.shortest, self.longest = (choose(stage.context for stage in p.curriculum) for choose in (min, max))
+        self._places = np.arange(self.longest)
+        tasks = self._set(folder / "long_range.parquet", any(stage.long_range for stage in p.curriculum))
+        pairs = self._set(folder / "pairs.parquet", any(stage.retrieval for stage in p.curriculum))
+        answers = self._set(folder / "preferences.parquet", any(stage.preferences for stage in p.curriculum))["train"]
+        self.tasks, self.pairs = tasks, {split: self._padded(rows) for split, rows in pairs.items()}
+        self.origins = {"pairs": [row["record_id"] for row in pairs["train"]]}
+        self.labelled = {"pairs": self.pairs["train"]}
+        if answers:
+            self.origins["preferences"] = [row["record_id"] for row in answers]
+            self.labelled["preferences"] = self._answers(answers)
 
-    def _padded(self, pairs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """query_ids[n, Lq], positive_ids[n, Ld], negative_ids[n, H, Ld], pair_key[n]."""
-        if not pairs:
-            raise ValueError("pairs.parquet lacks training or held-out pairs: raise auxiliary.pairs, run 13 again")
+    def _set(self, file: Path, used: bool) -> dict[str, list[dict[str, Any]]]:
+        """Rows of a labelled set by split; a set that no stage asks for may be missing."""
+        rows = tokenizer.read_ids(file, self.corpus.manifest[tokenizer.STAMP]) if file.exists() else []
+        made = {split: [row for row in rows if row["split"] == split] for split in ("train", "held_out")}
+        if used and not all(made.values()):
+            raise ValueError(f"{file.name} lacks training or held-out rows: raise their number, run notebook 13 again")
+        return made
 
-        def pad(lists: list[list[int]], length: int) -> np.ndarray:
-            return np.array([(ids + [self.pad_id] * length)[:length] for ids in lists], np.int64)
-
-        sizes = self.p.auxiliary
-        made = {"pair_key": np.array([pair["pair_key"] for pair in pairs])}
-        made["query_ids"] = pad([pair["query_ids"] for pair in pairs], sizes.query_tokens)
-        made["positive_ids"] = pad([pair["positive_ids"] for pair in pairs], sizes.document_tokens)
-        hard = [pad(pair["negative_ids"][: sizes.hard_negatives], sizes.document_tokens) for pair in pairs]
-        return made | {"negative_ids": np.stack(hard)}
-
-    def _permuted(self, domain: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents of a domain in the order of an epoch, and their cumulated lengths in tokens."""
-        members = self.corpus.members["train", self.domains[domain]]
-        order = members[mixing.permutation(len(members), self.p.seed, "documents", self.domains[domain], epoch)]
-        return order, np.cumsum(self.corpus.tokens[order])
-
-    def _pieces(self, domain: int, start: int, length: int) -> Iterator[Piece]:
-        """Pieces of `length` tokens from token `start` of a domain's epochs."""
-        total = int(self._epoch(domain, 0)[1][-1])
-        while length > 0:
-            epoch, inside = divmod(start, total)
-            take = min(length, total - inside)
-            yield from self.corpus.span(*self._epoch(domain, epoch), inside, take)
-            start, length = start + take, length - take
+    @property
+    def plan(self) -> Plan:
+        return self.schedule.plan
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return self.p.max_steps
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """Row i: input_ids, labels, answer_mask [L]; query_ids [Lq], positive_ids [Ld], negative_ids [H, Ld];
-        domain [], pair_key []. In a stage without retrieval pair_key is -1: the pair counts for nothing."""
-        row, pairs = self.plan[i], self.pairs["train"]
-        if row.lane == len(self.domains):
-            made = self._long_range("train", row.ordinal, row.context)
-        else:
-            ids = self.corpus.read(self._pieces(row.lane, row.start, row.context))
-            made = self._text(ids, row.lane, row.context)
-        epoch, place = divmod(i, len(pairs["pair_key"]))
-        chosen = self._order(len(pairs["pair_key"]), "pairs", epoch)[place]
-        made |= {name: np.asarray(values[chosen]) for name, values in pairs.items()}
-        return made if self.p.curriculum[row.stage].retrieval else made | {"pair_key": np.array(-1)}
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of optimiser step `step`, from 0."""
+        return self.batch(self.plan.rows_at(self.plan.position(step)))
 
-    def _text(self, ids: np.ndarray, domain: int, context: int) -> dict[str, np.ndarray]:
-        tokens, labels = (np.pad(ids, (0, context - len(ids)), constant_values=fill) for fill in (self.pad_id, IGNORE))
-        mask, lane = np.zeros(context, bool), np.array(domain)
-        return {"input_ids": tokens, "labels": labels, "answer_mask": mask, "domain": lane}
-
-    def _task(self, split: str, ordinal: int) -> dict[str, Any]:
-        epoch, place = divmod(ordinal, len(self.tasks[split]))
-        return self.tasks[split][self._order(len(self.tasks[split]), "tasks", epoch)[place]]
-
-    def _long_range(self, split: str, ordinal: int, context: int) -> dict[str, np.ndarray]:
-        """Long-range row `ordinal` of a split, filled with running text of that split; only answers are labelled."""
-        kind = "validation" if split == "held_out" else "train"
-        texts = [text for text, name in zip(self.corpus.maps, self.corpus.names, strict=True) if name.startswith(kind)]
-        which, where = (int(number) for number in mixing.hashed(2, self.p.seed, "filler", split, ordinal))
-        text = texts[which % len(texts)]
-        filler = np.resize(text[where % max(1, len(text) - context) :][:context], context)
-        ids, answers = longrange.row(self._task(split, ordinal), filler)
-        labels, lane = np.where(answers, ids, IGNORE), np.array(len(self.domains))
-        return {"input_ids": ids, "labels": labels, "answer_mask": answers, "domain": lane}
-
-    def documents(self, step: int) -> list[dict[str, Any]]:
-        """What was in optimiser step `step`: row, domain, record_id, shard, offset and tokens of each piece."""
-        found: list[dict[str, Any]] = []
-        for i in range(step * self.plan.batch_rows, (step + 1) * self.plan.batch_rows):
-            row, corpus = self.plan[i], self.corpus
-            about: dict[str, Any] = {"row": i, "domain": self.plan.lanes[row.lane]}
-            if row.lane == len(self.domains):
-                about |= {"record_id": self._task("train", row.ordinal)["task_id"], "shard": FILES[0]}
-                found.append(about | {"offset": 0, "tokens": row.context})
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Rows of one stage, stacked: input_ids, labels, position_ids, answer_mask [n, L]; query_ids [n, Lq],
+        positive_ids [n, Ld], negative_ids [n, H, Ld]; domain, pair_key [n]. In a run with preferences also chosen_ids,
+        rejected_ids [n, Lq + Ld], answer_start, preference_key [n]. A key is -1 in a step that does not carry its set:
+        then the item counts for nothing.
+        """
+        rows = [self.plan[i] for i in numbers]
+        made = self._blank(len(rows), rows[0].context)
+        for k, (i, row) in enumerate(zip(numbers, rows, strict=True)):
+            if row.lane < len(self.domains):
+                self._fill(made, k, self.schedule.pieces(i), i)
+            else:
+                self._recall(made, k, "train", row.before + row.ordinal, i)
+        made["domain"] = np.array([row.lane for row in rows])
+        for name, table in self.labelled.items():
+            if not self.origins[name]:
                 continue
-            for d, begin, count in self._pieces(row.lane, row.start, row.context):
-                about |= {"record_id": corpus.records[d], "shard": corpus.names[corpus.shard[d]]}
-                found.append(about | {"offset": int(corpus.offset[d]) + begin, "tokens": count})
-        return found
+            chosen, key = [self.ridden(name, i) for i in numbers], KEYS[name]
+            made |= {column: values[chosen] for column, values in table.items()}
+            carried = [self.carries(i, RATES[name]) for i in numbers]
+            made[key] = np.where(carried, made[key], -1)
+        return self._learnt(made)
 
-    def validation(self, domain: str, rows: int) -> list[dict[str, np.ndarray]]:
-        """At most `rows` rows of a domain's held-out documents in the context of the first stage, the last padded."""
-        context, order = self.p.curriculum[0].context, self.corpus.members.get(("validation", domain), [])
-        ends = np.cumsum(self.corpus.tokens[order]) if len(order) else np.zeros(1, np.int64)
-        starts = range(0, min(rows * context, int(ends[-1])), context)
-        ids = [self.corpus.read(self.corpus.span(order, ends, start, context)) for start in starts]
-        return [self._text(part, self.domains.index(domain), context) for part in ids]
+    # ---- text
+    def _blank(self, rows: int, context: int) -> Batch:
+        ids = np.full((rows, context), self.pad_id, np.int64)
+        return {"input_ids": ids, "position_ids": np.empty_like(ids), "answer_mask": np.zeros(ids.shape, bool)}
 
-    def validation_pairs(self, n: int) -> dict[str, np.ndarray]:
-        """At most `n` held-out pairs: query_ids[n, Lq], positive_ids[n, Ld], pair_key[n]."""
-        return {name: self.pairs["held_out"][name][:n] for name in ("query_ids", "positive_ids", "pair_key")}
+    def _fill(self, made: Batch, k: int, pieces: list[Piece], i: int = -1) -> None:
+        """Packed documents into row k. What is withdrawn stays padding; so does the end, as one more document."""
+        ids, positions, at = made["input_ids"][k], made["position_ids"][k], 0
+        for d, begin, count in pieces:
+            if self.schedule.gone[d] > i:
+                ids[at : at + count] = self.corpus.read(d, begin, count)
+            positions[at : at + count] = self._places[:count]
+            at += count
+        positions[at:] = self._places[: len(ids) - at]
 
-    def long_range_rows(self, n: int) -> list[dict[str, np.ndarray]]:
+    def _recall(self, made: Batch, k: int, split: str, ordinal: int, i: int = -1) -> None:
+        """Long-range row `ordinal` of a split into row k: one document, over running text of the same split."""
+        ids, text = made["input_ids"][k], "validation" if split == "held_out" else "train"
+        self._fill(made, k, self.schedule.filler(text, ordinal, len(ids)), i)
+        ids[:], made["answer_mask"][k] = longrange.row(self.task(split, ordinal), ids)
+        made["position_ids"][k] = self._places[: len(ids)]
+
+    def _learnt(self, made: Batch) -> Batch:
+        """With labels: the tokens themselves, but no padding, no first token of a document, which has nothing before
+        it, and of a long-range row the answers alone."""
+        ids, answers = made["input_ids"], made["answer_mask"]
+        hidden = (made["position_ids"] == 0) | (ids == self.pad_id) | (answers.any(1, keepdims=True) & ~answers)
+        return {**made, "labels": np.where(hidden, IGNORE, ids)}
+
+    def task(self, split: str, ordinal: int) -> dict[str, Any]:
+        """Long-range task of row `ordinal` of the long-range lane."""
+        epoch, place = divmod(ordinal, len(self.tasks[split]))
+        return self.tasks[split][permutation(len(self.tasks[split]), self.p.seed, "tasks", epoch)[place]]
+
+    # ---- labelled sets
+    def carries(self, i: int, rate: str) -> bool:
+        """Whether row i is in a step that carries what the stage injects at `rate`: retrieval, or preferences."""
+        position = self.plan.position_of(i)
+        return self.plan.carries(position, float(getattr(self.p.curriculum[self.plan.stage_at(position)], rate)))
+
+    def ridden(self, name: str, i: int) -> int:
+        """Number of the item of a labelled set that rides along with row i: a permutation per epoch of the set; an item
+        whose record is withdrawn gives way to the next."""
+        origins = self.origins[name]
+        for place in range(i, i + len(origins)):
+            epoch, inside = divmod(place, len(origins))
+            chosen = int(permutation(len(origins), self.p.seed, name, epoch)[inside])
+            if self.schedule.withdrawn.get(origins[chosen], NEVER) > i:
+                return chosen
+        raise ValueError(f"every record of the {name} is withdrawn: run notebook 13 again on what is left")
+
+    def _pad(self, lists: list[list[int]], length: int) -> np.ndarray:
+        padded = [(ids + [self.pad_id] * length)[:length] for ids in lists]
+        return np.array(padded, np.int64).reshape(len(lists), length)
+
+    def _padded(self, pairs: list[dict[str, Any]]) -> Batch:
+        """query_ids [n, Lq], positive_ids [n, Ld], negative_ids [n, H, Ld], pair_key [n]."""
+        sizes = self.p.auxiliary
+        hard = [ids for pair in pairs for ids in pair["negative_ids"][: sizes.hard_negatives]]
+        return {
+            "pair_key": np.array([pair["pair_key"] for pair in pairs], np.int64),
+            "query_ids": self._pad([pair["query_ids"] for pair in pairs], sizes.query_tokens),
+            "positive_ids": self._pad([pair["positive_ids"] for pair in pairs], sizes.document_tokens),
+            "negative_ids": self._pad(hard, sizes.document_tokens).reshape(len(pairs), sizes.hard_negatives, sizes.document_tokens),
+        }
+
+    def _answers(self, rows: list[dict[str, Any]]) -> Batch:
+        """chosen_ids, rejected_ids [n, Lq + Ld]: the prompt, then an answer that starts at answer_start [n]."""
+        width = self.p.auxiliary.query_tokens + self.p.auxiliary.document_tokens
+        starts = np.array([len(row["prompt_ids"]) for row in rows])
+        made = {"answer_start": starts, "preference_key": np.arange(len(rows))}
+        for name in ("chosen_ids", "rejected_ids"):
+            made[name] = self._pad([row["prompt_ids"] + row[name] for row in rows], width)
+        return made
+
+    # ---- held out
+    def validation(self, domain: str, rows: int) -> Batch:
+        """At most `rows` rows of a domain's held-out documents, packed into the longest context of the curriculum."""
+        held = self.schedule.held_out(domain, self.longest)[:rows]
+        made = self._blank(len(held), self.longest)
+        for k, pieces in enumerate(held):
+            self._fill(made, k, pieces)
+        return self._learnt(made)
+
+    def long_range(self, n: int) -> Batch:
         """At most `n` held-out long-range rows in the shortest context of the curriculum."""
-        return [self._long_range("held_out", k, self.shortest) for k in range(min(n, len(self.tasks["held_out"])))]
+        made = self._blank(min(n, len(self.tasks["held_out"])), self.shortest)
+        for k in range(len(made["input_ids"])):
+            self._recall(made, k, "held_out", k)
+        return self._learnt(made)
+
+    def validation_pairs(self, n: int) -> Batch:
+        """At most `n` held-out pairs: query_ids [n, Lq], positive_ids [n, Ld], pair_key [n]."""
+        return {name: self.pairs["held_out"][name][:n] for name in ("query_ids", "positive_ids", "pair_key")}

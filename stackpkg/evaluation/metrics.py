@@ -10,25 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stackpkg.data.stream import Stream
+from stackpkg.data.stream import Batch, Stream
 from stackpkg.evaluation.ranking import ranking
 from stackpkg.model.retrieval import embed
 from stackpkg.params import Params
 from stackpkg.telemetry.probes import normalised_entropy, routed
 
 
-def _stack(rows: list[dict[str, np.ndarray]], name: str, device: torch.device) -> Tensor:
-    return torch.as_tensor(np.stack([row[name] for row in rows]), device=device)
-
-
 @torch.no_grad()
-def _losses(model: nn.Module, rows: list[dict[str, np.ndarray]], device: torch.device, moe: bool) -> dict[str, Any]:
+def _losses(model: nn.Module, rows: Batch, device: torch.device, moe: bool) -> dict[str, Any]:
     """Summed next-token loss and correct predictions over labelled positions of `rows`, and the router's logits."""
-    labels = _stack(rows, "labels", device)[:, 1:]
-    outputs = model(input_ids=_stack(rows, "input_ids", device), **({"output_router_logits": True} if moe else {}))
+    batch = {name: torch.as_tensor(value, device=device) for name, value in rows.items()}
+    labels = batch["labels"][:, 1:]
+    wants = {"output_router_logits": True} if moe else {}
+    packed = {name: batch[name] for name in ("input_ids", "position_ids")}
+    outputs = model(**packed, use_cache=False, **wants)
     logits = outputs.logits[:, :-1].float()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    answers = _stack(rows, "answer_mask", device)[:, 1:] & (labels >= 0)
+    answers = batch["answer_mask"][:, 1:] & (labels >= 0)
     right = (logits.argmax(-1) == labels) & answers
     return {
         "loss": float(losses.sum()),
@@ -68,9 +67,10 @@ def evaluate_epoch(
     model.eval()
     moe = routed(model)
     # a domain of one document holds nothing out
-    rows = {name: held for name in stream.domains if (held := stream.validation(name, p.evaluation.rows))}
+    held = {name: stream.validation(name, p.evaluation.rows) for name in stream.domains}
+    rows = {name: batch for name, batch in held.items() if len(batch["labels"])}
     parts = {name: _losses(model, batch, device, moe) for name, batch in rows.items()}
-    far = _losses(model, stream.long_range_rows(p.evaluation.rows), device, moe)
+    far = _losses(model, stream.long_range(p.evaluation.rows), device, moe)
     pairs = stream.validation_pairs(p.evaluation.pairs)
     query, document = (
         embed(model, torch.as_tensor(pairs[name], device=device), stream.pad_id).float().cpu().numpy()

@@ -27,18 +27,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
 
 
-def visible_keys(config: StackConfig, length: int, device: torch.device) -> Tensor:
-    """Boolean [chunks, window, keys]: which keys each query may see.
+def documents(positions: Tensor) -> Tensor:
+    """Number of the document each token is in, [b, L], of packed rows: positions restart at 0 with each document."""
+    return (positions == 0).cumsum(-1)
 
-    The keys of a chunk are the previous chunk, the chunk itself, the null slot, then all summaries. Padding on the
-    right needs no mask: it lies in the future of every real token, and so does the end of a block that holds it.
+
+def visible_keys(config: StackConfig, document: Tensor) -> Tensor:
+    """Boolean [b * chunks, 1, window, keys]: which keys each query may see, for the `document` [b, L] of each token.
+
+    The keys of a chunk are the previous chunk, the chunk itself, the null slot, then all summaries. A summary is seen
+    if all its tokens are of the query's document. Padding on the right needs no mask: it lies in the future of every
+    real token, and so does the end of a block that holds it.
     """
-    w, size = config.sliding_window, config.block_size
-    rows = torch.arange(-(-length // w) * w, device=device).view(-1, w, 1)
-    keys = torch.arange(2 * w, device=device) + rows[:, :1] - w
-    ends = (torch.arange(length // size, device=device) * size + size).repeat_interleave(config.summaries_per_block)
+    w, size, (batch, length) = config.sliding_window, config.block_size, document.shape
+    blocks, step = length // size * size, size // config.summaries_per_block
+    rows = torch.arange(-(-length // w) * w, device=document.device).view(-1, w, 1)
+    keys = torch.arange(2 * w, device=document.device) + rows[:, :1] - w
+    ends = (torch.arange(length // size, device=document.device) * size + size).repeat_interleave(size // step)
     local = (keys >= 0) & (keys <= rows) & (keys > rows - w)
-    return torch.cat((local, torch.ones_like(rows, dtype=torch.bool), ends <= rows), -1)
+    chunk = F.pad(document, (0, len(rows) * w - length), value=-1).view(batch, -1, w)
+    near = torch.cat((F.pad(chunk, (0, 0, 1, 0))[:, :-1], chunk), -1)
+    first, last = document[:, :blocks:step], document[:, step - 1 : blocks : step]
+    far = torch.where(first == last, first, -2)[:, None, None]
+    local = local & (near[:, :, None] == chunk[..., None])
+    summaries = (ends <= rows) & (far == chunk[..., None])
+    seen = torch.cat((local, local.new_ones(*local.shape[:3], 1), summaries), -1)
+    return seen.flatten(0, 1)[:, None]
 
 
 class Projections(nn.Module):
@@ -69,7 +83,7 @@ class SelfAttention(Projections):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, measure: bool
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """x [b, L, hidden] -> output of the same shape, and `statistics` if `measure`."""
-        length, (chunks, w) = x.shape[1], visible.shape[:2]
+        length, chunks, w = x.shape[1], len(visible) // len(x), visible.shape[2]
         blocks = length // self.config.block_size * self.config.block_size
         step = self.config.block_size // self.config.summaries_per_block
         q, raw, v = self.project(x, x)
@@ -88,10 +102,9 @@ class SelfAttention(Projections):
             return torch.cat((previous, near, far), 2).flatten(0, 1).transpose(1, 2)
 
         queries, near = chunked(q).flatten(0, 1).transpose(1, 2), keys(k, far_k)  # [b * chunks, heads, ., head_dim]
-        mask = visible.repeat(len(x), 1, 1)[:, None]
-        out = F.scaled_dot_product_attention(queries, near, keys(v, far_v), mask, enable_gqa=True)
+        out = F.scaled_dot_product_attention(queries, near, keys(v, far_v), visible, enable_gqa=True)
         out = out.transpose(1, 2).reshape(len(x), chunks * w, -1)[:, :length].contiguous()  # DTensor needs it
-        found = statistics(self.config, queries, near, mask, k, v) if measure else None
+        found = statistics(self.config, queries, near, visible, k, v) if measure else None
         return self.o_proj(out), found
 
 

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from stackpkg import params
-from stackpkg.model.attention import CrossAttention, SelfAttention, rotary, visible_keys
+from stackpkg.model.attention import CrossAttention, SelfAttention, documents, rotary, visible_keys
 from stackpkg.model.configuration import StackConfig, checked
 from stackpkg.model.experts import Experts, MixtureOfExperts, Router
 
@@ -82,13 +82,18 @@ class StackModel(StackPreTrainedModel):
     ) -> MoeModelOutputWithPast:  # fmt: skip
         """`input_ids` [b, L] or `inputs_embeds` [b, L, hidden]; `memory` [b, n, hidden]. No cache: every call computes
         all positions. `attention_mask` [b, L] is only checked: what is padded on the right is never seen by the rest.
+        `position_ids` [b, L] that restart at 0 separate packed documents: none sees another, as in transformers.
         """
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("this model needs padding on the right; set tokenizer.padding_side = 'right'")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
-        rotation, visible = rotary(self.config, position_ids, x.dtype), visible_keys(self.config, x.shape[1], x.device)
+        position_ids = position_ids.expand(x.shape[:2])
+        rotation, visible = (
+            rotary(self.config, position_ids, x.dtype),
+            visible_keys(self.config, documents(position_ids)),
+        )
         for layer in self.layers:
             x = layer(x, memory, rotation=rotation, visible=visible, measure=output_attention_statistics)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x))

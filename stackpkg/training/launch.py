@@ -34,7 +34,9 @@ def command(job: str, p: Params) -> list[str]:
 
 def describe(name: str, p: Params, folder: RunFolder, steps: int, faults: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Everything that decides what the job computes; its digest tells a resume from a new start."""
-    data = [folder.path / "data" / file for file in ("manifest.json", "pairs.parquet", "long_range.parquet")]
+    files = ["manifest.json", "pairs.parquet", "long_range.parquet"]
+    files += ["preferences.parquet"] if any(stage.preferences for stage in p.curriculum) else []
+    data = [folder.path / "data" / file for file in files]
     spec = {
         "name": name,
         "params": p.model_dump(mode="json"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,35 +12,44 @@ from stackpkg.data.stream import Stream
 
 
 class StreamDataset(Dataset):
-    """Row i of the stream as tensors."""
+    """Rows of the stream by number; a loader asks for those of a micro-batch together."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self.stream.plan)
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {name: torch.as_tensor(value) for name, value in self.stream[row].items()}
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(value) for name, value in self.stream.batch(rows).items()}
 
 
 class RankBatches(Sampler[list[int]]):
-    """This rank's micro-batches: optimiser step t is rows [t B, (t+1) B) on any number of ranks, in the same order."""
+    """This rank's micro-batches: step t is the same rows, in the same order, on any number of ranks.
 
-    def __init__(self, steps: int, batch_rows: int, accumulation: int, rank: int, ranks: int) -> None:
-        self.steps, self.batch_rows, self.accumulation, self.rank, self.ranks = (
-            steps, batch_rows, accumulation, rank, ranks,
-        )  # fmt: skip
+    Begins at `start()`, the optimiser steps already done, without looking at the rows before. `next_step` is the first
+    step whose rows were not asked for yet: a decision about the data can hold from there.
+    """
+
+    def __init__(
+        self, stream: Stream, steps: int, accumulation: int, rank: int, ranks: int, start: Callable[[], int]
+    ) -> None:
+        self.stream, self.steps, self.accumulation = stream, steps, accumulation
+        self.rank, self.ranks, self.start, self.next_step = rank, ranks, start, 0
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        size = self.batch_rows // (self.accumulation * self.ranks)
-        for micro in range(len(self)):
-            start = (micro * self.ranks + self.rank) * size
-            yield list(range(start, start + size))
+        for step in range(self.start(), self.steps):
+            self.next_step, plan = step + 1, self.stream.plan
+            rows = plan.rows_at(plan.position(step))
+            size = len(rows) // (self.accumulation * self.ranks)
+            for micro in range(self.accumulation):
+                first = (micro * self.ranks + self.rank) * size
+                yield list(rows[first : first + size])
 
 
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows come stacked already."""
+    return batch

@@ -16,7 +16,9 @@ def training_arguments(p: Params, output: Path, steps: int) -> dict[str, Any]:
     return {
         "output_dir": str(output),
         "max_steps": steps,
-        "per_device_train_batch_size": t.batch_rows // (p.layout.processes * t.accumulation),
+        # of the first stage; the stream decides, and keeps the tokens of a step the same when the context grows
+        "per_device_train_batch_size": p.rows(p.curriculum[0]) // (p.layout.processes * t.accumulation),
+        "ignore_data_skip": True,  # the stream begins where it is told to: no batch is drawn and thrown away
         "gradient_accumulation_steps": t.accumulation,
         "optim": {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}[o.optimizer],
         "learning_rate": o.learning_rate,

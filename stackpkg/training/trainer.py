@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from stackpkg.data import curriculum
+from stackpkg.data.provenance import withdrawals_due
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.model.retrieval import embed
@@ -75,9 +77,9 @@ class StackTrainer(Trainer):
 
     # ---- data: one shard of every step per rank, by arithmetic
     def get_train_dataloader(self) -> DataLoader:
-        t = self.p.training
-        batches = RankBatches(self.args.max_steps, t.batch_rows, t.accumulation, self.rank, self.ranks)
-        return DataLoader(StreamDataset(self.stream), batch_sampler=batches, collate_fn=collate)
+        accumulation = self.p.training.accumulation
+        self.batches = RankBatches(self.stream, self.args.max_steps, accumulation, self.rank, self.ranks, self._begin)
+        return DataLoader(StreamDataset(self.stream), batch_sampler=self.batches, collate_fn=collate)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         start = time.perf_counter()
@@ -102,7 +104,9 @@ class StackTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         wants = {"output_router_logits": True} if self.moe else {}
-        outputs = model(input_ids=inputs["input_ids"], **wants)
+        # With a cache, transformers 5.23 would take the packed documents of a row for one.
+        packed = {"position_ids": inputs["position_ids"], "use_cache": False}
+        outputs = model(input_ids=inputs["input_ids"], **packed, **wants)
         query = positive = negatives = None
         if self.p.objectives.contrastive and int(inputs["pair_key"][0]) >= 0:  # -1: a stage without retrieval
             pairs = [inputs["query_ids"], inputs["positive_ids"], inputs["negative_ids"].flatten(0, 1)]
@@ -167,9 +171,9 @@ class StackTrainer(Trainer):
         self._raw.clear()
         updates = step - self.skips.total
         if step == 1 or step % self.p.training.epoch_steps == 0:
-            held_out = (row for domain in self.stream.domains for row in self.stream.validation(domain, 1))
-            probe = torch.as_tensor(next(held_out)["input_ids"], device=self.args.device)
-            self._probed = model_statistics(self.network, probe[None])
+            held_out = (self.stream.validation(domain, 1)["input_ids"] for domain in self.stream.domains)
+            probe = torch.as_tensor(next(ids for ids in held_out if len(ids)), device=self.args.device)
+            self._probed = model_statistics(self.network, probe)
             reshard(self.network)
         return {
             "loss": loss,
@@ -185,7 +189,7 @@ class StackTrainer(Trainer):
             "step_seconds": seconds,
             "data_wait_seconds": self._data_wait,
             "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "cursor": step * self.p.training.batch_rows,
+            "cursor": self.stream.plan.position(step),
             **series,
             **self._probed,
         }
@@ -225,10 +229,32 @@ class StackTrainer(Trainer):
         report |= {"epoch": epoch, "step": self.state.global_step, "run": self.p.run, "attempt": self.attempt}
         if self.rank == 0:
             write_json(self.folder / "eval" / self.name / f"epoch_{epoch:03d}.json", report)
+        self._decide(self.batches.next_step, report)
         self._row |= {"precision_at_k": report["precision_at_k"], "validation_loss": report["validation_loss"]}
         metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    # ---- decisions about the data still to come
+    def _begin(self) -> int:
+        """The step this attempt begins at. Records whose time may end before the attempt must end are withdrawn now."""
+        self.ends = time.time() + 60 * self.p.layout.timeout_minutes
+        self._decide(self.state.global_step, None)
+        return self.state.global_step
+
+    def _decide(self, step: int, report: dict[str, Any] | None) -> None:
+        """What holds from `step` on, told by rank 0 and on disk before any rank acts on it."""
+        schedule, told = self.stream.schedule, [[]]
+        if self.rank == 0:
+            due = withdrawals_due(self.folder / "data", self.p.data, int(self.ends))
+            new = {record: why for record, why in due.items() if record not in schedule.withdrawn}
+            made = curriculum.judge(schedule.plan, step, report, schedule.decisions) if report else []
+            made += [{"kind": "withdraw", "step": step, "record_id": record, "why": why} for record, why in new.items()]
+            curriculum.record(Path(str(self.args.output_dir)) / "decisions.jsonl", made)
+            told = [made]
+        dist.broadcast_object_list(told)
+        if told[0]:
+            schedule.use([*schedule.decisions, *told[0]])
 
     # ---- checkpoints: one distributed checkpoint of weights, moments and average, complete or not there
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

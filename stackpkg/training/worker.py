@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from stackpkg import model as models
 from stackpkg import params
+from stackpkg.data import curriculum
 from stackpkg.data.stream import Stream
 from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import rows
@@ -49,7 +50,7 @@ def run(job_file: Path) -> None:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
         print(f"[{job['name']}] attempt {attempt} {source} on {ranks} process(es)", flush=True)
 
-    stream = Stream(folder / "data", p)
+    stream = Stream(folder / "data", p, curriculum.decisions(home / "decisions.jsonl"))
     initial = home / "initial"
     if rank == 0 and not (initial / "config.json").exists():
         models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)

@@ -1,0 +1,91 @@
+"""From a step to its documents and back, from disk alone: the stream is a pure function, and so is its inverse."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stackpkg import params, runs
+from stackpkg.data import curriculum
+from stackpkg.data.schedule import NEVER
+from stackpkg.data.stream import RATES, Stream
+
+
+class Ledger:
+    """What a training job of a run read. Holds for any number of ranks and after any resume: these change nothing.
+
+    `run` is the run's folder, `name` its job. Raises `ValueError` when the shards are no longer those of the job.
+    """
+
+    def __init__(self, run: Path, name: str = "main") -> None:
+        home = run / "checkpoints" / name
+        if not (home / "job.json").exists():
+            jobs = sorted(path.parent.name for path in run.glob("checkpoints/*/job.json"))
+            raise ValueError(f"{run.name} has no training job {name!r}; it has {jobs or 'none: run notebook 31'}")
+        job = runs.read_json(home / "job.json")
+        self.steps = int(job["steps"])
+        self.stream = Stream(
+            run / "data", params.validate(job["params"]), curriculum.decisions(home / "decisions.jsonl")
+        )
+        trained = job["data"]["manifest.json"]
+        if trained != self.stream.manifest_digest:
+            raise ValueError(f"{name} was trained on manifest {trained[:16]}: roll the shards back to it first")
+
+    def step(self, step: int) -> list[dict[str, Any]]:
+        """What was in optimiser step `step` (from 0): a dict for each document, filler, task and labelled item."""
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step {step} is outside 0..{self.steps - 1}, the optimiser steps of this job")
+        plan, found = self.stream.plan, list[dict[str, Any]]()
+        for i in plan.rows_at(plan.position(step)):
+            found += [{"row": i, **item} for item in self._row(i)]
+        return found
+
+    def _row(self, i: int) -> Iterator[dict[str, Any]]:
+        stream, row = self.stream, self.stream.plan[i]
+        text = row.lane < len(stream.domains)
+        for d, begin, count in stream.schedule.pieces(i):
+            read = "text" if text else "filler"
+            gone = stream.schedule.withdrawn.get(str(stream.corpus.records[d]), NEVER) <= i
+            about = {"record_id": str(stream.corpus.records[d]), "domain": str(stream.corpus.domain[d])}
+            yield about | {"use": "withdrawn" if gone else read, "begin": begin, "tokens": count}
+        if not text:
+            task = stream.task("train", row.before + row.ordinal)
+            yield {
+                "record_id": task["task_id"],
+                "domain": "long_range",
+                "use": "task",
+                "begin": 0,
+                "tokens": row.context,
+            }
+        for name in stream.labelled:
+            if stream.carries(i, RATES[name]):
+                record = stream.origins[name][stream.ridden(name, i)]
+                yield {"record_id": record, "domain": "code", "use": name, "begin": 0, "tokens": 0}
+
+    def document(self, record_id: str) -> list[dict[str, Any]]:
+        """The optimiser steps that read a record, in order: {"step", "use"}. As text by the inverse of the schedule, as
+        filler, pair or preference by looking at every row that carries one.
+        """
+        stream, found = self.stream, set[tuple[int, str]]()
+        rows = [
+            (i, "text")
+            for d in np.flatnonzero(stream.corpus.records == record_id)
+            for i in stream.schedule.rows_of(int(d))
+        ]
+        far = len(stream.domains)
+        for stage, lanes in enumerate(stream.plan.counts):
+            for ordinal in range(int(lanes[far])):
+                i = stream.plan.row_number(stage, far, ordinal)
+                if any(stream.corpus.records[d] == record_id for d, *_ in stream.schedule.pieces(i)):
+                    rows.append((i, "filler"))
+        for name in stream.labelled:
+            if record_id in stream.origins[name]:
+                carried = (i for i in range(len(stream.plan)) if stream.carries(i, RATES[name]))
+                rows += [(i, name) for i in carried if stream.origins[name][stream.ridden(name, i)] == record_id]
+        gone = stream.schedule.withdrawn.get(record_id, NEVER)
+        for i, use in rows:
+            step = stream.plan.step_at(stream.plan.position_of(i))
+            if step is not None and step < self.steps and i < gone:
+                found.add((step, use))
+        return [{"step": step, "use": use} for step, use in sorted(found)]
