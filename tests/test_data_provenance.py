@@ -142,7 +142,7 @@ def test_a_time_to_live_of_zero_is_the_profile_s():
 
 @given(INT64, INT64)
 def test_expiry_is_the_sum_and_never_wraps(timestamp, ttl):
-    sum_ = timestamp + (ttl or Data().ttl_seconds)
+    sum_ = max(timestamp, 0) + (ttl or Data().ttl_seconds)
     assert expires(timestamp, ttl) == (0 if ttl < 0 else min(sum_, LONG))
 
 

@@ -110,12 +110,13 @@ def check(part: pa.Table, keys: Keys) -> pa.Array:
 def expiry(part: pa.Table, data: Data) -> pa.Array:
     """int64[rows], the unix second from which on a record is not used; `part` has timestamp and ttl_seconds.
 
-    A time-to-live of 0 is the profile's. A negative one is refused: 1970, so it has always expired.
+    A time-to-live of 0 is the profile's. A negative one is refused: 1970, so it has always expired. A date before
+    1970 counts as 1970.
     """
     stamp, ttl = (pc.fill_null(part[name], 0).to_numpy() for name in ("timestamp", "ttl_seconds"))
     span = np.where(ttl == 0, data.ttl_seconds, ttl)
     # expiry = timestamp + time-to-live, at most what 64 bits hold
-    return pa.array(np.where(span < 0, 0, stamp + np.minimum(span, np.iinfo(np.int64).max - np.maximum(stamp, 0))))
+    return pa.array(np.where(span < 0, 0, stamp.clip(0) + np.minimum(span, np.iinfo(np.int64).max - stamp.clip(0))))
 
 
 class Withdrawal(Section):

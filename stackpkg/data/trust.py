@@ -78,7 +78,7 @@ def _metadata(part: Path) -> Iterator[pa.Table]:
 def _signals(part: pa.Table, data: Data, allowed: Sequence[str], now: int, keys: Keys, past: History) -> pa.Table:
     """What a record shows by itself: the columns of `score` without agreement and trust, `state` as its number."""
     (licence, licences), (origin, origins) = _codes(part["licence"]), _codes(_origins(part["source"]))
-    status, signature, age = part["hash_status"], check(part, keys), now - part["timestamp"].to_numpy()
+    status, signature, age = part["hash_status"], check(part, keys), now - part["timestamp"].to_numpy().clip(0)
     made: dict[str, object] = {name: part[name] for name in ("record_id", "source", "content_hash")}
     # licence = 1 when it permits copying, 0.8 when it is known, 0 when it is not
     made["licence"] = np.array([(0, 0.8, 1)[sum(uses(name))] for name in licences], float)[licence]
@@ -139,8 +139,8 @@ def decide(scored: pa.Table, data: Data) -> tuple[pa.Table, pa.Array]:
     for (name, limit), value in zip(limits.items(), values, strict=True):
         good = value >= limit
         passed &= good
-        columns = [scored["record_id"], scored["source"], pa.repeat(name, size), value, pa.repeat(limit, size)]
-        audit.append(pa.table([*columns, np.where(good, "keep", "drop")], schema=records.AUDIT))
+        columns = [scored["record_id"], scored["source"], pa.repeat(name, size), value.astype(float)]
+        audit.append(pa.table([*columns, pa.repeat(limit, size), np.where(good, "keep", "drop")], schema=records.AUDIT))
     ids = scored["record_id"].combine_chunks()
     failed = pc.is_in(ids, value_set=ids.filter(pa.array(~passed)))
     return pa.concat_tables(audit), ids.filter(pc.invert(failed)).unique()
