@@ -1,18 +1,25 @@
-"""The record and its provenance: licence, verified hash, trust, time-to-live, uses. Every decision is audited."""
+"""What is known of where a record comes from: licence and uses, signature, last date. `trust` weighs it."""
 
-import hashlib
+import fcntl
+import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+import warnings
+from base64 import b64decode, b64encode
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field
 
 from stackpkg import runs
-from stackpkg.params import Data
+from stackpkg.params import Data, Section
 
 # What metadata writes in many ways -> SPDX identifier; the first match wins.
 SPDX = {
@@ -22,42 +29,7 @@ SPDX = {
     r"\bisc": "ISC", r"\bmit\b|permission is hereby granted, free": "MIT", "unlicense": "Unlicense",
 }  # fmt: skip
 COPY = {"MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "Apache-2.0", "ISC", "PSF-2.0", "Zlib", "Unlicense"}
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One document and where it comes from (spec: Records)."""
-
-    source: str  # e.g. pypi:numpy==2.4.6/numpy/version.py; no absolute path, no host
-    domain: str
-    licence: str  # SPDX expression, empty when unknown
-    timestamp: int  # unix seconds
-    text: str
-    hash_status: str = "unpublished"  # or verified, or mismatch, against the hash its source published
-    signature: str = ""
-    trust: float = 0.0
-    ttl_seconds: int = 0
-    may_copy: bool = False
-    may_use_tools: bool = False
-
-    @property
-    def record_id(self) -> str:
-        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
-
-    @property
-    def content_hash(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-
-class Audit(NamedTuple):
-    """One decision, keep or drop, of one filter about one record."""
-
-    record_id: str
-    source: str
-    filter: str
-    value: float
-    threshold: float
-    decision: str
+Keys = dict[str, list[Ed25519PublicKey]]  # source prefix -> who may sign below it
 
 
 def spdx(stated: str, *hints: str) -> str:
@@ -66,59 +38,126 @@ def spdx(stated: str, *hints: str) -> str:
     return stated or next(found, "")
 
 
-def trust(record: Record, allowed: Sequence[str], agreement: bool) -> float:
-    """Trust in [0, 1]. Content that contradicts its published hash has none, whatever else is known of it."""
-    if record.hash_status == "mismatch":
-        return 0.0
-    listed, verified = record.source.startswith(tuple(allowed)), record.hash_status == "verified"
-    # trust = 0.35 licence known + 0.30 hash verified (half if none published) + 0.25 source allowed + 0.10 agreement
-    return round(0.35 * bool(record.licence) + 0.15 * (1 + verified) + 0.25 * listed + 0.10 * agreement, 4)
+def uses(licence: str) -> tuple[bool, bool]:
+    """(may_copy, may_use_tools): to copy, every part of the licence must permit it; tools need one that is known."""
+    parts = set(re.split(r" AND | OR |[()]", licence)) - {""}
+    known = bool(parts) and not parts & {"NONE", "NOASSERTION"}  # SPDX 2.3, 7.13: nothing is stated
+    return known and parts <= COPY, known
 
 
-def assess(records: Sequence[Record], allowed: Sequence[str], ttl_seconds: int) -> list[Record]:
-    """The records with trust, time-to-live and allowed uses; `allowed` holds the prefixes of the allow-list's sources.
-
-    To copy, every part of the licence must permit it; tools need a licence that is known. Agreement is that another
-    distribution, folder or file holds the same content.
-    """
-    origins, made = defaultdict(set), []
-    for record in records:
-        origins[record.content_hash].add(re.split("[/#]", record.source)[0])
-    for record in records:
-        parts = set(re.split(r" AND | OR |[()]", record.licence)) - {""}
-        score = trust(record, allowed, agreement=len(origins[record.content_hash]) > 1)
-        record = replace(record, trust=score, ttl_seconds=ttl_seconds, may_use_tools=bool(parts))
-        made.append(replace(record, may_copy=bool(parts) and parts <= COPY))
-    return made
-
-
-def decide(audit: list[Audit], record: Record, **limits: tuple[float, str, float]) -> bool:
-    """Whether a record passes every limit (value, ">=" or "<=", threshold); one audit row for each."""
-    passed = {name: value >= limit if sign == ">=" else value <= limit for name, (value, sign, limit) in limits.items()}
-    for name, (value, _, limit) in limits.items():
-        verdict = "keep" if passed[name] else "drop"
-        audit.append(Audit(record.record_id, record.source, name, float(value), float(limit), verdict))
-    return all(passed.values())
-
-
-def admit(records: Iterable[Record], data: Data, now: int, audit: list[Audit]) -> list[Record]:
-    """Records with trust of at least `data.min_trust` that are within their time-to-live at `now` (unix seconds)."""
-    limits = ((r, (r.trust, ">=", data.min_trust), (now - r.timestamp, "<=", r.ttl_seconds)) for r in records)
-    return [record for record, score, age in limits if decide(audit, record, trust=score, time_to_live=age)]
-
-
-def row(record: Record) -> dict[str, Any]:
-    """A record as a row of `records.parquet`."""
-    return {"record_id": record.record_id, "content_hash": record.content_hash} | asdict(record)
-
-
-def write(path: Path, rows: Iterable[dict[str, Any]], **stamp: str) -> Path:
+def write(path: Path, rows: Iterable[dict], **stamp: str) -> Path:
     """One Parquet file, whole or not at all; `stamp` goes into its metadata."""
     with runs.replacing(path) as temporary:
         pq.write_table(pa.Table.from_pylist(list(rows)).replace_schema_metadata(stamp), temporary, compression="zstd")
     return path
 
 
-def load(path: Path) -> list[Record]:
-    """The records of a `records.parquet`."""
-    return [Record(**item) for item in pq.read_table(path, columns=[f.name for f in fields(Record)]).to_pylist()]
+# --- signatures: ed25519 (RFC 8032) over the content hash and the source, so that neither can be exchanged
+
+
+def _message(content_hash: str, source: str) -> bytes:
+    return f"{content_hash}\n{source}".encode()
+
+
+def sign(private_key: Ed25519PrivateKey, source: str, content_hash: str) -> str:
+    """What a publisher puts into `signature`, base64."""
+    return b64encode(private_key.sign(_message(content_hash, source))).decode()
+
+
+def signers(path: Path) -> Keys:
+    """The key list: a line is `source-prefix base64-raw-ed25519-public-key [name]`, or a comment that starts with #.
+
+    A prefix may have several keys (rotation). End it where names end: `pypi:a` covers `pypi:ab` too, `pypi:a==` not.
+    Raises `ValueError` naming the first line that is neither.
+    """
+    keys: Keys = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            if (fields := line.split(None, 2)) and not fields[0].startswith("#"):
+                prefix, key = fields[:2]
+                keys.setdefault(prefix, []).append(Ed25519PublicKey.from_public_bytes(b64decode(key, validate=True)))
+        except ValueError as error:
+            raise ValueError(f"{path.name} line {number} is not `prefix base64-ed25519-key [name]`: {error}") from None
+    return keys
+
+
+def _confirmed(row: dict[str, str], keys: Keys) -> bool:
+    for key in (key for prefix, found in keys.items() if row["source"].startswith(prefix) for key in found):
+        with suppress(InvalidSignature, ValueError):
+            key.verify(b64decode(row["signature"], validate=True), _message(row["content_hash"], row["source"]))
+            return True
+    return False
+
+
+def check(part: pa.Table, keys: Keys) -> pa.Array:
+    """string[rows]: signed, bad or unsigned, of a table with source, content_hash and signature.
+
+    Bad is what no key listed for its source confirms; one for another source or content is not confirmed. Without
+    keys nothing can be checked: all are unsigned.
+    """
+    states = np.full(len(part), "unsigned", object)
+    if keys:
+        claims = np.flatnonzero(pc.not_equal(pc.fill_null(part["signature"], ""), "").to_numpy(zero_copy_only=False))
+        rows = part.select(["source", "content_hash", "signature"]).take(pa.array(claims)).to_pylist()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the library verifies without the interpreter's lock
+            states[claims] = ["signed" if good else "bad" for good in pool.map(lambda row: _confirmed(row, keys), rows)]
+    return pa.array(states, pa.string())
+
+
+# --- the last date: time-to-live and withdrawal
+
+
+def expiry(part: pa.Table, data: Data) -> pa.Array:
+    """int64[rows], the unix second from which on a record is not used; `part` has timestamp and ttl_seconds.
+
+    A time-to-live of 0 is the profile's. A negative one is refused: 1970, so it has always expired. A date before
+    1970 counts as 1970.
+    """
+    stamp, ttl = (pc.fill_null(part[name], 0).to_numpy() for name in ("timestamp", "ttl_seconds"))
+    span = np.where(ttl == 0, data.ttl_seconds, ttl)
+    # expiry = timestamp + time-to-live, at most what 64 bits hold
+    return pa.array(np.where(span < 0, 0, stamp.clip(0) + np.minimum(span, np.iinfo(np.int64).max - stamp.clip(0))))
+
+
+class Withdrawal(Section):
+    """One line of `withdrawn.jsonl`."""
+
+    record_id: str = Field(pattern=r"^[0-9a-f]{16}$")
+    date: int = Field(ge=0, strict=True, description="unix seconds from which on the record is not used")
+    reason: str = Field(min_length=1)
+
+
+def withdrawals(path: Path) -> dict[str, int]:
+    """record_id -> the earliest date (unix seconds) it is withdrawn from; empty when there is no such file.
+
+    Raises `ValueError` naming a bad line. A last line that was not finished is warned of and does not count.
+    """
+    found: dict[str, int] = {}
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, 1):
+        try:
+            row = Withdrawal.model_validate_json(line)
+            found[row.record_id] = min(row.date, found.get(row.record_id, row.date))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path.name} line {number} must be a withdrawal or go: {error}") from None
+            if line:
+                warnings.warn(f"{path.name} line {number} is unfinished and ignored: withdraw again", stacklevel=2)
+    return found
+
+
+def withdraw(path: Path, record_id: str, date: int, reason: str) -> None:
+    """Append a withdrawal, on disk when this returns. What an earlier writer did not finish is cut off first."""
+    line = Withdrawal(record_id=record_id, date=date, reason=reason).model_dump_json().encode() + b"\n"
+    with path.open("a+b") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.seek(0)
+        whole, end, tail = stream.read().rpartition(b"\n")
+        try:
+            Withdrawal.model_validate_json(tail)
+            line = b"\n" + line  # after a row that only lacks its line end
+        except ValueError:
+            stream.truncate(len(whole + end))
+        stream.write(line)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -3,16 +3,24 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from stackpkg import runs
+from stackpkg.data import provenance
 from stackpkg.params import Params
 
+STATED = [
+    "source", "licence", "domain", "language", "timestamp", "ttl_seconds", "trust", "hash_status",
+    "may_copy", "may_use_tools",
+]  # fmt: skip
+LATEST = 4_102_444_800  # 2100-01-01, unix seconds: a record that outlives it is said to last until then
 PERSONAL = {
     "e-mail addresses": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}"),
     "IPv4 addresses": re.compile(
@@ -29,12 +37,28 @@ def personal_data(texts: Iterable[str]) -> dict[str, int]:
     return dict(counts)
 
 
+def _texts(files: Iterable[Path]) -> Iterator[str]:
+    """Every text of the records, a batch in memory at a time."""
+    for file in files:
+        with pq.ParquetFile(file) as records:
+            for batch in records.iter_batches(1_000, columns=["text"]):
+                yield from batch["text"].to_pylist()
+
+
 def facts(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
-    """Everything the cards state, counted from the run: nothing is typed by hand."""
-    records = pd.read_parquet(folder.path / "data/records.parquet")
-    records["source"] = records["source"].str.split("/").str[0].str.split("#").str[0]
-    named = records.assign(licence=records["licence"].replace("", "unknown"))
-    tables = {key: named.groupby(key)["text"].agg(["size"]).reset_index() for key in ("source", "licence", "domain")}
+    """Everything the cards state, counted from the run: nothing is typed by hand.
+
+    Raises `ValueError` when the run has no records.
+    """
+    files = folder.matches("data/records/*.parquet")
+    if not files:
+        raise ValueError(f"no data/records/*.parquet in run {folder.name!r}: run the notebooks that make the corpus")
+    table = pa.concat_tables([pq.read_table(file, columns=STATED) for file in files])
+    last = pd.Series(provenance.expiry(table, p.data)).agg(["min", "max"]).clip(upper=LATEST)
+    named = table.to_pandas().fillna({"language": ""})
+    named["source"] = named["source"].str.split("/").str[0].str.split("#").str[0]
+    named = named.replace({"licence": {"": "unknown"}, "language": {"": "not told"}})
+    tables = {key: named.groupby(key)["trust"].agg(["size"]).reset_index() for key in STATED[:4]}
     pages = [
         path.read_text(encoding="utf-8")
         for path in folder.matches("nb/[0-5]*.ipynb") + folder.matches("eval/epoch_*.html")
@@ -45,11 +69,14 @@ def facts(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
         "manifest": runs.read_json(folder.path / "data/manifest.json"),
         "evidence": {path.stem: runs.read_json(path) for path in folder.matches("evidence/[0-5]*.json")},
         "counts": {key: list(map(tuple, table.itertuples(index=False))) for key, table in tables.items()},
+        "records": {file.name: runs.digest(file) for file in files},
+        "records_sha256": runs.digest(folder.path / "data/records"),
         "trust": named["trust"].describe().round(4).to_dict(),
         "hashes": named["hash_status"].value_counts().to_dict(),
         "may": {use: int(named[use].sum()) for use in ("may_copy", "may_use_tools")},
         "stamps": pd.to_datetime(named["timestamp"].agg(["min", "max"]), unit="s").dt.date.astype(str).tolist(),
-        "personal": {"corpus": personal_data(records["text"]), "archive": personal_data(pages)},
+        "expiry": pd.to_datetime(last, unit="s").dt.date.astype(str).tolist(),
+        "personal": {"corpus": personal_data(_texts(files)), "archive": personal_data(pages)},
     }
 
 
