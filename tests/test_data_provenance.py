@@ -225,3 +225,20 @@ def test_withdrawals_at_the_same_time_all_stay(tmp_path):
     for thread in threads:
         thread.join()
     assert set(provenance.withdrawals(path)) == set(names)
+
+
+def test_due_is_what_is_withdrawn_or_will_have_expired(tmp_path: Path) -> None:
+    rows = [
+        {"record_id": f"{k:016x}", "source": f"s{k}", "timestamp": 1000, "ttl_seconds": ttl}
+        for k, ttl in enumerate((100, 200, 0))
+    ]
+    (tmp_path / "records").mkdir()
+    pq.write_table(records.table(rows), tmp_path / "records/00000.parquet")
+    data = Data(ttl_seconds=5000)
+    assert provenance.withdrawals_due(tmp_path, data, 1099) == {}
+    assert provenance.withdrawals_due(tmp_path, data, 1100) == {f"{0:016x}": "expired"}
+    provenance.withdraw(tmp_path / "withdrawn.jsonl", f"{2:016x}", 1150, "asked to")
+    assert set(provenance.withdrawals_due(tmp_path, data, 1149)) == {f"{0:016x}"}
+    both = provenance.withdrawals_due(tmp_path, data, 1150)
+    assert both == {f"{0:016x}": "expired", f"{2:016x}": "withdrawn"}
+    assert set(provenance.withdrawals_due(tmp_path, data, 6000)) == {f"{k:016x}" for k in range(3)}

@@ -161,3 +161,14 @@ def withdraw(path: Path, record_id: str, date: int, reason: str) -> None:
         stream.write(line)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def withdrawals_due(folder: Path, data: Data, by: int) -> dict[str, str]:
+    """record_id -> why, of the records that may not be used at some moment up to `by` (unix seconds): withdrawn, as
+    `folder/withdrawn.jsonl` says, or past their time-to-live. `folder` is a run's `data/`."""
+    due = {name: "withdrawn" for name, date in withdrawals(folder / "withdrawn.jsonl").items() if date <= by}
+    for path in sorted((folder / "records").glob("*.parquet")):
+        part = pq.read_table(path, columns=["record_id", "timestamp", "ttl_seconds"])
+        late = part["record_id"].filter(pc.less_equal(expiry(part, data), by))
+        due |= dict.fromkeys(late.to_pylist(), "expired")
+    return due
