@@ -1,158 +1,117 @@
-"""Text and its provenance from installed distributions, folders, JSONL, Parquet and Hugging Face datasets ids."""
+"""Text and its provenance from any kind of source, into parts: streaming, one part in memory, no silent loss."""
 
-import base64
-import csv
 import hashlib
-import json
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from importlib import metadata
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
 
 from stackpkg import runs
-from stackpkg.data.provenance import Audit, Record, spdx
+from stackpkg.data import distributions, engine, items, records, rows
+from stackpkg.data.items import Item
 from stackpkg.params import Source
 
-LARGEST = 1_000_000  # bytes; a longer file is data, not a document
-SHARES = {"code": 0.6, "documentation": 0.25, "licences": 0.15}  # of the bytes taken from distributions
 
+def write_parts(sources: Sequence[Source], folder: Path, part_mb: float, audit: list[dict[str, Any]]) -> list[Path]:
+    """Parts `folder/NNNNN.parquet` of `records.SCHEMA`, each of at most `part_mb` megabytes of text or one document.
 
-class Item(NamedTuple):
-    """A document that is not read yet."""
-
-    source: str
-    domain: str
-    content: Path | str | None
-    licence: str
-    sha256: str = ""  # published by its source, hexadecimal
-    timestamp: int = 0  # 0: the file's
-    signature: str = ""
-
-
-def read(sources: Iterable[Source], audit: list[Audit]) -> Iterator[Record]:
-    """Records of each source in turn, up to its `max_mb` megabytes of text.
-
-    What cannot be read becomes an audit row `unreadable: <reason>`: never fatal, never silent.
+    What cannot be read is set aside with a row of `records.AUDIT` in `audit`, `unreadable: <reason>`; so is a record
+    whose source came before. The same input gives the same bytes. Held are one part and 8 bytes a document. Raises
+    `ValueError` when a path does not exist or nothing at all could be read.
     """
+    made, before, seen = list[Path](), len(audit), list[np.ndarray]()
+    for part in _parts(read(sources, audit), part_mb * 1e6):
+        new = _unseen(np.array([int(row["record_id"], 16) for row in part], np.uint64), seen)
+        for row, fresh in zip(part, new, strict=True):
+            if not fresh:
+                audit.append(_set_aside(row["source"], ValueError("a record of this source came before: ids repeat")))
+        if new.any():
+            kept = records.table(row for row, fresh in zip(part, new, strict=True) if fresh)
+            made.append(engine.write(folder / f"{len(made):05d}.parquet", kept))
+    if not made:
+        said = "; ".join(f"{why} ({n})" for why, n in Counter(row["filter"] for row in audit[before:]).most_common(3))
+        raise ValueError(f"nothing could be read from {[describe(s) for s in sources]}: {said or 'all empty'}")
+    engine.tidy(folder, made)
+    return made
+
+
+def read(sources: Iterable[Source], audit: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of `records.SCHEMA` of each source in turn, up to its `max_mb` megabytes of text."""
     for source in sources:
         left = source.max_mb * 1e6
-        for item in {"distributions": _distributions, "folder": _folder}.get(source.kind, _rows)(source):
+        for item in _items(source):
             try:
-                record = _record(item)
-            except (OSError, ValueError) as error:
-                reason = f"unreadable: {getattr(error, 'strerror', None) or error}"[:120]
-                name = hashlib.sha256(item.source.encode()).hexdigest()[:16]
-                audit.append(Audit(name, item.source, reason, 0.0, 1.0, "drop"))
+                row = items.record(item)
+            except items.UNREADABLE as error:
+                audit.append(_set_aside(item.source, error))
                 continue
-            left -= len(record.text.encode())
+            left -= len(row["text"].encode())
             if left < 0:
                 break
-            yield record
-
-
-def _record(item: Item) -> Record:
-    file = item.content if isinstance(item.content, Path) else None
-    if item.content is None or (file and file.stat().st_size > LARGEST):
-        raise ValueError(f"longer than {LARGEST} bytes" if file else "no text in this row")
-    raw = file.read_bytes() if file else str(item.content).encode()
-    text = raw.decode("utf-8-sig")
-    if "\x00" in text:
-        raise ValueError("holds a NUL byte: not text")
-    if item.source.endswith("/METADATA"):
-        text = text.partition("\n\n")[2]  # the long description
-    same = hashlib.sha256(raw).hexdigest() == item.sha256
-    status = "unpublished" if not item.sha256 else "verified" if same else "mismatch"
-    stamp = item.timestamp or int(file.stat().st_mtime if file else time.time())
-    return Record(item.source, item.domain, item.licence, stamp, text, status, item.signature)
+            yield row
 
 
 def prefix(source: Source) -> str:
     """How the `source` of its every record begins; the allow-list of a run is made of these."""
-    name = source.path if source.kind == "datasets" and not _path(source).exists() else _path(source).name
-    return {"distributions": "pypi:", "folder": f"folder:{name}/"}.get(source.kind, f"{source.kind}:{name}#")
+    path = runs.root() / source.path  # a full path stays what it is
+    if source.kind == "distributions":
+        return "pypi:"
+    name = source.path if source.kind == "datasets" and not path.exists() else path.name
+    return f"{source.kind}:{name}" + ("/" if path.is_dir() and source.kind != "datasets" else "#")
 
 
-def domain_of(path: str) -> str:
-    """Domain told from a file's name; empty for a file that is not text we read."""
-    name, suffix = PurePosixPath(path).name, PurePosixPath(path).suffix.lower()
-    if name.lower().startswith(("license", "licence", "copying", "notice")) and suffix != ".py":
-        return "licences" if suffix in ("", ".txt", ".md", ".rst") else ""
-    return "code" if suffix == ".py" else "documentation" if suffix in (".md", ".rst", ".txt") else ""
+def describe(source: Source) -> str:
+    """A source in a message."""
+    return prefix(source).rstrip("#/")
 
 
-def _path(source: Source) -> Path:
-    return runs.root() / source.path  # a full path stays what it is
-
-
-def _distributions(source: Source) -> Iterator[Item]:
-    """Files of every installed wheel, in an order that names alone decide: the domain most behind its share is next,
-    in it distributions take turns; in each, files go by the hash of their path. RECORD holds the published hashes."""
-    queues: dict[str, list[tuple[int, bytes, int, Item]]] = {domain: [] for domain in SHARES}
-    found: dict[str, tuple[metadata.Distribution, Any]] = {}
-    for wheel in metadata.distributions():
-        about: Any = wheel.metadata
-        found.setdefault(str(about["Name"]).lower(), (wheel, about))
-    found.pop("stackpkg", None)
-    for name, (wheel, about) in found.items():
-        licence = spdx(about["License-Expression"] or "", about["License"] or "", *about.get_all("Classifier", []))
-        rows, turns = csv.reader((wheel.read_text("RECORD") or "").splitlines()), Counter[str]()
-        for path, digest, size in sorted(rows, key=lambda row: hashlib.sha256(row[0].encode()).digest()):
-            domain = "documentation" if path.endswith(".dist-info/METADATA") else domain_of(path)
-            if domain and not path.startswith(("..", "/")):
-                turns[domain] += 1
-                sha = base64.urlsafe_b64decode(digest.removeprefix("sha256=") + "=").hex()
-                label, file = f"pypi:{name}=={about['Version']}/{path}", Path(str(wheel.locate_file(path)))
-                item = Item(label, source.domain or domain, file, source.licence or licence, sha)
-                queues[domain].append((-turns[domain], hashlib.sha256(name.encode()).digest(), int(size or 0), item))
-    for queue in queues.values():
-        queue.sort(key=lambda entry: entry[:2])
-    taken = dict.fromkeys(SHARES, 0)
-    while waiting := [domain for domain in queues if queues[domain]]:
-        domain = min(waiting, key=lambda name: taken[name] / SHARES[name])
-        *_, bytes_next, item = queues[domain].pop()
-        taken[domain] += bytes_next if bytes_next <= LARGEST else 0
-        yield item
-
-
-def _folder(source: Source) -> Iterator[Item]:
-    if not _path(source).is_dir():
+def _items(source: Source) -> Iterator[Item]:
+    if source.kind == "distributions":
+        return distributions.items(source.domain, source.licence)
+    path = runs.root() / source.path
+    if source.kind == "folder" and not path.is_dir():
         raise ValueError(f"source path {source.path!r} is not a folder; give one, or the kind that it is")
-    for path in runs.files_below(_path(source)):
-        relative = path.relative_to(_path(source)).as_posix()
-        if domain := source.domain or domain_of(relative):
-            yield Item(prefix(source) + relative, domain, path, source.licence)
-
-
-def _rows(source: Source) -> Iterator[Item]:
-    """Rows of JSONL, Parquet or a datasets id; columns domain, licence, timestamp, content_hash and signature count."""
-    path, stamp = _path(source), int(_path(source).stat().st_mtime) if _path(source).exists() else 0
     if not path.exists() and source.kind != "datasets":
         raise ValueError(f"source path {source.path!r} does not exist; give a file below the repository or a full path")
-    for number, row in enumerate(_dicts(source, path)):
-        text, keys = row.get(source.text_field), ("domain", "licence", "content_hash", "signature")
-        domain, licence, sha, signature = (str(row.get(key) or "") for key in keys)
-        where, when = (source.domain or domain or "text", text if text is None else str(text)), row.get("timestamp")
-        yield Item(f"{prefix(source)}{number}", *where, source.licence or licence, sha, int(when or stamp), signature)
+    return _folder(source, path) if source.kind == "folder" else rows.items(source, path, prefix(source))
 
 
-def _dicts(source: Source, path: Path) -> Iterator[dict[str, Any]]:
-    if source.kind == "jsonl":
-        for line in path.open("rb"):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            yield row if isinstance(row, dict) else {}
-    elif source.kind == "parquet":
-        for batch in pq.ParquetFile(path).iter_batches(1000):
-            yield from batch.to_pylist()
-    else:
-        import datasets  # a second to import, and only this kind of source needs it
+def _folder(source: Source, path: Path) -> Iterator[Item]:
+    for name, file in items.below(path):
+        domain = source.domain or items.domain_of(name)
+        if domain or isinstance(file, Exception):
+            yield Item(prefix(source) + name, file, domain, {"licence": source.licence})
 
-        yield from datasets.load_dataset(
-            str(path) if path.exists() else source.path, split=source.split, streaming=True
-        )
+
+def _set_aside(source: str, error: Exception) -> dict[str, Any]:
+    label = source.encode("utf-8", "backslashreplace").decode()
+    name, why = hashlib.sha256(label.encode()).hexdigest()[:16], f"unreadable: {items.reason(error)}"
+    return {"record_id": name, "source": label, "filter": why, "value": 0.0, "threshold": 1.0, "decision": "drop"}
+
+
+def _parts(found: Iterable[dict[str, Any]], limit: float) -> Iterator[list[dict[str, Any]]]:
+    part, size = list[dict[str, Any]](), 0
+    for row in found:
+        length = len(row["text"].encode())
+        if part and size + length > limit:
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += length
+    if part:
+        yield part
+
+
+def _unseen(ids: np.ndarray, seen: list[np.ndarray]) -> np.ndarray:
+    """bool[n], which of uint64[n] are new; `seen` holds the earlier ones in few sorted runs (O'Neil et al. 1996)."""
+    new = np.zeros(len(ids), bool)
+    new[np.unique(ids, return_index=True)[1]] = True
+    for old in seen:
+        new &= old[np.minimum(np.searchsorted(old, ids), len(old) - 1)] != ids
+    if new.any():
+        seen.append(np.sort(ids[new]))
+    while len(seen) > 1 and len(seen[-2]) <= 2 * len(seen[-1]):
+        seen[-2:] = [np.union1d(*seen[-2:])]
+    return new

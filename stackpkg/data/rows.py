@@ -1,0 +1,187 @@
+"""Rows of JSONL (plain, gzip, zstd), Parquet, Arrow files and Hugging Face datasets ids, a few at a time."""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stackpkg.data.items import COLUMNS, LARGEST, UNREADABLE, Item, below, reason, string
+from stackpkg.params import Source
+
+ENDINGS = {
+    "jsonl": tuple(f".{name}{packed}" for name in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".zst")),
+    "parquet": (".parquet",),
+    "arrow": (".arrow", ".feather", ".ipc"),
+}
+BATCH, CHUNK, SMALL = 256, 1 << 18, 1 << 12  # rows; bytes read at once; bytes that a break in zstd may cost
+LONGEST_ID = 256  # characters
+Row = dict[str, Any] | Exception
+
+
+def items(source: Source, path: Path, prefix: str) -> Iterator[Item]:
+    """Every row of a file, of a folder of such files in the order of their names, or of a datasets id.
+
+    Rows may state any of `items.COLUMNS`; a row with an `id` is named by it, another by its number. A file that
+    breaks ends with an item that says why.
+    """
+    if source.kind == "datasets":
+        yield from _items(source, prefix, _hub(source, path), partial(_published, source.path, path))
+        return
+    for name, file in below(path):
+        label = f"{prefix}{name}#" if name else prefix
+        if isinstance(file, Path) and name and not name.lower().endswith(ENDINGS[source.kind]):
+            file = ValueError(f"its name ends in none of {', '.join(ENDINGS[source.kind])}")
+        if isinstance(file, Exception):
+            yield Item(label.rstrip("#"), file)
+            continue
+        read = {"jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}[source.kind]
+        yield from _items(source, label, read(file, source.text_field), partial(_modified, file))
+
+
+def _modified(file: Path) -> float:
+    return file.stat().st_mtime
+
+
+@cache
+def _published(name: str, path: Path) -> Any:
+    """When a datasets id last changed: on the hub, or on disk. Only asked for rows that state no time."""
+    from huggingface_hub import HfApi
+
+    return path.stat().st_mtime if path.exists() else HfApi().dataset_info(name).last_modified
+
+
+def _items(source: Source, label: str, rows: Iterator[Row], stamp: Callable[[], Any]) -> Iterator[Item]:
+    count = 0
+    try:
+        for row in rows:
+            yield _item(source, label, count, row, stamp)
+            count += 1
+        if not count:
+            raise ValueError("holds no rows")
+    except UNREADABLE as error:
+        why = ValueError(f"after {count} rows: {reason(error)}") if count else error
+        yield Item(label.rstrip("#"), why)
+
+
+def _item(source: Source, label: str, count: int, row: Row, stamp: Callable[[], Any]) -> Item:
+    name = f"{label}{count}"
+    try:
+        if isinstance(row, Exception):
+            raise row
+        if source.text_field not in row:
+            raise ValueError(f"no column {source.text_field!r}")
+        stated = {key: row[key] for key in COLUMNS if row.get(key) is not None}
+        if isinstance(own := stated.get("id"), (str, bytes, int)):
+            own = string("id", own if isinstance(own, (str, bytes)) else str(own))
+            if not 0 < len(own) <= LONGEST_ID:
+                raise ValueError(f"id is empty or longer than {LONGEST_ID} characters")
+            name = f"{label}id={own}"
+        elif own is not None:
+            raise ValueError(f"id is {type(own).__name__}, not text or a whole number")
+        stated |= {"licence": source.licence or stated.get("licence"), "timestamp": stated.get("timestamp") or stamp()}
+        domain = source.domain or string("domain", stated.get("domain")) or "text"
+        return Item(name, row[source.text_field], domain, stated)
+    except UNREADABLE as error:
+        return Item(name, error)
+
+
+def _opened(raw: BinaryIO) -> Callable[[], bytes]:
+    """What reads the next bytes of a file, unpacked when it begins as gzip or zstd does, whatever its name."""
+    head = raw.read(4)
+    raw.seek(0)
+    if head.startswith(b"\x1f\x8b"):
+        return partial(gzip.GzipFile(fileobj=raw).read1, CHUNK)  # gives every byte before a break
+    if head == b"\x28\xb5\x2f\xfd":
+        return partial(pa.CompressedInputStream(raw, "zstd").read, SMALL)
+    return partial(raw.read, CHUNK)
+
+
+def _lines(read: Callable[[], bytes]) -> Iterator[bytes | None]:
+    """Lines without their ends; None for one of more than LARGEST bytes, which is never held."""
+    rest, skipping = b"", False
+    while chunk := read():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield None if skipping or len(line) > LARGEST else line
+            skipping = False
+        if len(rest) > LARGEST:
+            rest, skipping = b"", True
+    if rest or skipping:
+        yield None if skipping else rest
+
+
+def _jsonl(file: Path, field: str) -> Iterator[Row]:
+    with file.open("rb") as raw:
+        for count, line in enumerate(_lines(_opened(raw))):
+            if not count and line and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise ValueError("UTF-16: convert it to UTF-8")
+            if line is None or line.strip():
+                yield _parsed(line if count or line is None else line.removeprefix(b"\xef\xbb\xbf"))
+
+
+def _parsed(line: bytes | None) -> Row:
+    if line is None:
+        return ValueError(f"longer than {LARGEST} bytes")
+    if b"\x00" in line:
+        return ValueError("holds a NUL byte: not text")
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        return error
+    return row if isinstance(row, dict) else ValueError(f"a row is {type(row).__name__}, not an object")
+
+
+def _parquet(file: Path, field: str) -> Iterator[Row]:
+    with file.open("rb") as raw:
+        opened = pq.ParquetFile(raw, buffer_size=CHUNK)  # pages, not whole row groups, are in memory
+        wanted = _wanted(opened.schema_arrow, field)
+        for group in range(opened.num_row_groups):  # a broken one leaves those before it whole
+            yield from _rows(opened.iter_batches(BATCH, [group], wanted))
+
+
+def _arrow(file: Path, field: str) -> Iterator[Row]:
+    with file.open("rb") as raw:
+        framed = raw.read(6) == b"ARROW1"  # else the stream format, which `datasets` saves
+    with pa.memory_map(str(file)) as mapped:
+        opened = (pa.ipc.open_file if framed else pa.ipc.open_stream)(mapped)
+        batches = (opened.get_batch(k) for k in range(opened.num_record_batches)) if framed else opened
+        wanted = _wanted(opened.schema, field)
+        yield from _rows(
+            batch.select(wanted).slice(start, BATCH) for batch in batches for start in range(0, len(batch), BATCH)
+        )
+
+
+def _wanted(schema: pa.Schema, field: str) -> list[str]:
+    if field not in schema.names:
+        raise ValueError(f"no column {field!r} among {', '.join(schema.names)}: set text_field")
+    if not _textual(schema.field(field).type):
+        raise ValueError(f"column {field!r} is {schema.field(field).type}, not text")
+    return [name for name in schema.names if name == field or name in COLUMNS]
+
+
+def _textual(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
+    """Text as bytes: a row that is not UTF-8 must not take its neighbours along."""
+    for batch in batches:
+        columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
+        plain = [column.cast(pa.large_binary()) if _textual(column.type) else column for column in columns]
+        yield from pa.RecordBatch.from_arrays(plain, batch.schema.names).to_pylist()
+
+
+def _hub(source: Source, path: Path) -> Iterator[Row]:
+    import datasets  # a second to import, and only this kind of source needs it
+
+    try:
+        place = str(path) if path.exists() else source.path
+        yield from datasets.load_dataset(place, split=source.split, streaming=True)
+    except Exception as error:  # its own, the hub's and those of every format it reads
+        raise ValueError(f"datasets: {reason(error)}") from error
