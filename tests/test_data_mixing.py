@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -28,10 +30,10 @@ def test_caps_hold_and_the_rest_keeps_its_proportions(tokens, temperature, tight
     plain, capped = mixing.shares(tokens, temperature), mixing.shares(tokens, temperature, max_share=cap)
     assert sum(capped.values()) == pytest.approx(1) and max(capped.values()) <= cap * (1 + 1e-12)
     free = [domain for domain in tokens if capped[domain] < cap * (1 - 1e-9)]
-    for a, b in zip(free, free[1:], strict=False):
+    for a, b in pairwise(free):
         assert capped[a] * plain[b] == pytest.approx(capped[b] * plain[a], rel=1e-6)
     ordered = sorted(tokens, key=tokens.get)
-    assert all(capped[a] <= capped[b] * (1 + 1e-9) for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(capped[a] <= capped[b] * (1 + 1e-9) for a, b in pairwise(ordered))
     if max(plain.values()) <= cap:
         assert capped == plain
     budget = max(1, int(epochs * sum(tokens.values()) * length))

@@ -12,7 +12,8 @@ from stackpkg.data import preferences, shards
 from stackpkg.data.problems import check
 
 ASK, YES, NO = (
-    {"role": role, "content": text} for role, text in [("user", "Sky?"), ("assistant", "Blue."), ("assistant", "Green.")]
+    {"role": role, "content": text}
+    for role, text in [("user", "Sky?"), ("assistant", "Blue."), ("assistant", "Green.")]
 )
 GOOD = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
 TALK = {"prompt": [ASK], "chosen": [YES], "rejected": [NO]}
@@ -25,22 +26,26 @@ def written(path, rows):
     return path
 
 
+SKY, ASKED = ["The sky is", " blue.", " green."], ["<|user|>\nSky?\n<|assistant|>\n", "Blue.\n", "Green.\n"]
+SHARED = {"chosen": [ASK, YES], "rejected": [ASK, NO]}
+
+
 @pytest.mark.parametrize(
-    ("row", "prompt", "chosen", "rejected", "format"),
+    ("row", "texts", "format"),
     [
-        (GOOD, "The sky is", " blue.", " green.", "standard, explicit prompt"),
-        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "The sky is", " blue.", " green.", "standard, implicit prompt"),
-        ({"chosen": "I am here", "rejected": "I am here now"}, "I am her", "e", "e now", "standard, implicit prompt"),
-        (TALK, "<|user|>\nSky?\n<|assistant|>\n", "Blue.\n", "Green.\n", "conversational, explicit prompt"),
-        ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, "<|user|>\nSky?\n<|assistant|>\n", "Blue.\n", "Green.\n", "conversational, implicit prompt"),
-        ({"prompt": "Sky?", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "<|user|>\nSky?\n<|assistant|>\n", "Blue.\n", "Green.\n", "conversational, implicit prompt"),
+        (GOOD, SKY, "standard, explicit prompt"),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, SKY, "standard, implicit prompt"),
+        ({"chosen": "I am", "rejected": "I am now"}, ["I a", "m", "m now"], "standard, implicit prompt"),
+        (TALK, ASKED, "conversational, explicit prompt"),
+        (SHARED, ASKED, "conversational, implicit prompt"),
+        (SHARED | {"prompt": "Sky?"}, ASKED, "conversational, implicit prompt"),
     ],
     ids=["standard", "implicit", "prefix", "conversational", "conversational implicit", "prompt as text"],
-)  # fmt: skip
-def test_each_format_becomes_text_with_its_prompt(tmp_path, row, prompt, chosen, rejected, format):
+)
+def test_each_format_becomes_text_with_its_prompt(tmp_path, row, texts, format):
     rows, problems = preferences.read(written(tmp_path / "p.jsonl", [row]))
     assert problems == [] and rows[0]["source"] == "p.jsonl/1" and len(rows[0]["record_id"]) == 16
-    assert [rows[0][name] for name in ("prompt", "chosen", "rejected", "format")] == [prompt, chosen, rejected, format]
+    assert [rows[0][name] for name in preferences.TEXTS] == texts and rows[0]["format"] == format
 
 
 def test_several_turns_and_tools_are_rendered():
@@ -144,12 +149,15 @@ def test_the_prompt_is_found_again(tmp_path_factory, prompt, answers):
     implicit = {"chosen": prompt + chosen, "rejected": prompt + rejected}
     for row in preferences.read(written(folder / "b.jsonl", [implicit]))[0]:
         assert row["prompt"] + row["chosen"] == prompt + chosen and row["prompt"] + row["rejected"] == prompt + rejected
-        assert row["chosen"][0] == row["rejected"][0] == " " or row["chosen"][0] != row["rejected"][0] or "" in (
-            row["chosen"][1:], row["rejected"][1:])  # fmt: skip
+        apart = row["chosen"].removeprefix(" ")[:1] != row["rejected"].removeprefix(" ")[:1]
+        assert apart or min(map(len, (row["chosen"], row["rejected"]))) <= 2, "all that is shared is the prompt's"
     ask = {"role": "user", "content": prompt}
     said, unsaid = ({"role": "assistant", "content": text} for text in answers)
     texts = []
-    for row in ({"prompt": [ask], "chosen": [said], "rejected": [unsaid]}, {"chosen": [ask, said], "rejected": [ask, unsaid]}):
+    for row in (
+        {"prompt": [ask], "chosen": [said], "rejected": [unsaid]},
+        {"chosen": [ask, said], "rejected": [ask, unsaid]},
+    ):
         rows, problems = preferences.read(written(folder / "c.jsonl", [row]))
         assert problems == []
         texts.append([rows[0][name] for name in preferences.TEXTS])
@@ -174,7 +182,10 @@ def test_statistics_by_hand():
 def test_a_prompt_is_in_one_split_whatever_its_company():
     rows = [GOOD | {"prompt": f"{'The  sky' if k % 2 else 'the sky'} {k // 4}", "chosen": f"{k}"} for k in range(2000)]
     made = preferences.split(rows, 0.2)
-    sides = {side: {" ".join(row["prompt"].lower().split()) for row in made if row["split"] == side} for side in ("train", "held_out")}
+    sides = {
+        side: {" ".join(row["prompt"].lower().split()) for row in made if row["split"] == side}
+        for side in ("train", "held_out")
+    }
     assert len(sides["train"] | sides["held_out"]) == 500 and not sides["train"] & sides["held_out"]
     assert 65 <= len(sides["held_out"]) <= 135  # binomial: 100 and four standard deviations
     shuffled = random.Random(0).sample(rows, len(rows))

@@ -174,7 +174,6 @@ def pair(k, query, positive, split="train", negatives=()):
     return {"query": query, "positive": positive, "negatives": list(negatives), "split": split, "k": k}
 
 
-
 QUERY = "how to sort a list of numbers"
 POSITIVE = "to sort a list of numbers call sorted on the list and keep what it gives back"
 COPY = "To sort a list of numbers, call sorted on the list and keep what it gives back!!"
@@ -229,9 +228,13 @@ def test_no_mined_negative_breaks_a_rule_and_order_is_no_matter(words, n, random
     for made in mined:
         assert len(set(made["negatives"])) == n
         for text in made["negatives"]:
-            assert not retrieval_sets.similar(text, made["positive"]) and not retrieval_sets.similar(text, made["query"])
+            assert not retrieval_sets.similar(text, made["positive"]) and not retrieval_sets.similar(
+                text, made["query"]
+            )
             assert not any(p["query"] == made["query"] and p["positive"] == text for p in pairs)
             assert not any(p["positive"] == text and p["split"] != made["split"] for p in pairs)
     shuffled = random.sample(pairs, len(pairs))
-    again = retrieval_sets.mine_negatives(shuffled, dict(random.sample(list(documents.items()), len(documents))), n, 0.9)
+    again = retrieval_sets.mine_negatives(
+        shuffled, dict(random.sample(list(documents.items()), len(documents))), n, 0.9
+    )
     assert sorted(again, key=lambda made: made["k"]) == mined

@@ -16,8 +16,9 @@ from stackpkg.data.retrieval_sets import Pair
 from stackpkg.params import Auxiliary
 
 PER_MODULE = 12  # functions of one module at most, so that no large file dominates
-WORDS, OVERLAP = 13, 0.5  # of an n-gram; share of a training row's n-grams that make it a copy of evaluation text
-WHERE = ("record_id", "source", "licence", "split")
+WORDS, OVERLAP = 13, 0.5  # of an n-gram; share of a training text that makes it a copy
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # where a statement of Python holds statements
+ORIGIN = ("record_id", "source", "licence")
 
 
 class Function(NamedTuple):
@@ -34,11 +35,12 @@ def functions(text: str) -> list[Function]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in strings
-            tree = ast.parse(text)
+            nodes: list[Any] = list(ast.parse(text).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     lines, found = [line + "\n" for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")], []
-    for node in ast.walk(tree):
+    for node in nodes:  # statements alone, which hold every function: a tenth of the tree
+        nodes += [inner for name in BLOCKS for inner in getattr(node, name, [])]
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(("test", "__")):
             first, docstring = node.body[0], ast.get_docstring(node) or ""
             start, end = first.lineno - 1, (first.end_lineno or 0) if docstring else first.lineno - 1
@@ -57,39 +59,34 @@ def mine(
 
     Whole modules are held out until `held_out` pairs are: first those of the `validation` records, which the language
     model never reads, then others by hash. A body seen before is passed over, and so are a docstring seen before, which
-    may ask for either function, and one of under three words. Hard negatives are functions of the split.
+    may ask for either function, and one of under three words. Hard negatives are functions of the same split.
     """
     if isinstance(records, pa.Table):
-        records = records.filter(pc.field("domain") == "code").select([*WHERE[:3], "domain", "text"]).to_pylist()
+        records = records.select([*ORIGIN, "domain", "text"]).filter(pc.field("domain") == "code").to_pylist()
     pairs: list[Pair] = []
-    asked: dict[str, str] = {}
-    seen: set[str] = set()
-    documents: dict[str, str] = {}
+    seen, asked, documents = set[str](), dict[str, str](), dict[str, str]()
     code = [(record["record_id"], record) for record in records if record["domain"] == "code"]
     for name, record in sorted(code, key=lambda item: (item[0] not in validation, mixing.hashed(1, item[0])[0])):
+        split = "held_out" if len(pairs) < held_out else "train"
+        where = {key: record[key] for key in ORIGIN} | {"split": split, "unseen": name in validation}
         fresh = list({f.body: f for f in functions(record["text"]) if f.body not in seen}.values())
         seen |= {f.body for f in fresh}
-        where = {"record_id": name, "source": record["source"], "licence": record["licence"]}
-        where["split"] = "held_out" if len(pairs) < held_out else "train"
-        usable = [f for f in fresh if asked.setdefault(f.query or f.code, f.code) == f.code]
-        documents |= {f.code: where["split"] for f in usable}
-        for f in [f for f in usable if len(f.query.split()) >= 3][:PER_MODULE]:
-            if others := [other.body for other in fresh if not retrieval_sets.similar(other.body, f.body)]:
-                wrong = others[mixing.permutation(len(others), name, f.query)[0]]
+        first = [f for f in fresh if asked.setdefault(f.query or f.code, f.code) == f.code]
+        documents |= {f.code: split for f in first}
+        for f in [f for f in first if len(f.query.split()) >= 3][:PER_MODULE]:
+            others = (fresh[k].body for k in mixing.permutation(len(fresh), name, f.query))
+            if wrong := next((body for body in others if not retrieval_sets.similar(body, f.body)), ""):
+                choice = {"prompt": f.prompt, "chosen": f.body, "rejected": wrong, "format": preferences.EXPLICIT}
                 texts = {"query": f.query, "positive": f.code, "negatives": list[str]()}
-                choice = {"prompt": f.prompt, "chosen": f.body, "rejected": wrong}
-                pairs.append(
-                    where | texts | choice | {"pair_key": retrieval_sets.key(f.code), "unseen": name in validation}
-                )
+                pairs.append(where | texts | choice | {"pair_key": retrieval_sets.key(f.code)})
         if len(pairs) >= sizes.pairs:
             break
-    n, margin = sizes.hard_negatives, sizes.negative_margin
-    return retrieval_sets.mine_negatives(pairs[: sizes.pairs], documents, n, margin)
+    return retrieval_sets.mine_negatives(pairs[: sizes.pairs], documents, sizes.hard_negatives, sizes.negative_margin)
 
 
 class Labelled(NamedTuple):
-    """Pairs and preferences; the lines of given files that were set aside; the training rows that share text with the
-    evaluation, of which those that copy it were left out."""
+    """Rows of pairs.parquet and of preferences.parquet; the lines of given files that were set aside; training rows
+    that share text with the evaluation: source, share."""
 
     pairs: list[Pair]
     preferences: list[Pair]
@@ -100,41 +97,40 @@ class Labelled(NamedTuple):
 def load(sizes: Auxiliary, mined: Sequence[Pair], evaluation: Collection[str] = ()) -> Labelled:
     """`mined` pairs, evenly mixed with those of `sizes.retrieval_set`; their preferences, with `sizes.preference_set`.
 
-    A training row of which a text, or over `OVERLAP` of the 13-grams, is in a held-out row or an `evaluation` text is
-    left out. Raises `ValueError`, with the lines to mend first, when over a tenth of a given file is wrong.
+    A training row that shares over `OVERLAP` of its text with held-out rows or `evaluation` texts is left out. Raises
+    `ValueError`, with the lines to mend first, when over a tenth of a given file is wrong.
     """
-    pairs: list[Pair] = [
-        {name: value for name, value in pair.items() if name not in preferences.TEXTS} for pair in mined
-    ]
-    choices: list[Pair] = [
-        {name: pair[name] for name in (*WHERE, *preferences.TEXTS)} | {"format": preferences.EXPLICIT} for pair in mined
-    ]
+    pairs: list[Pair] = []
+    choices: list[Pair] = []
     found: list[problems.Problem] = []
     if sizes.retrieval_set:
         given, documents, found = retrieval_sets.read(path := runs.root() / sizes.retrieval_set)
         problems.check(path, len(given), found)
-        filled = retrieval_sets.mine_negatives(given, documents, sizes.hard_negatives, sizes.negative_margin)
-        pairs = _joined(pairs, filled)
+        pairs = retrieval_sets.mine_negatives(given, documents, sizes.hard_negatives, sizes.negative_margin)
     if sizes.preference_set:
         stated, wrong = preferences.read(path := runs.root() / sizes.preference_set)
         problems.check(path, len(stated), wrong)
-        choices, found = _joined(choices, preferences.split(stated, retrieval_sets.HELD_OUT)), found + wrong
-    copies = contamination(pairs, ("query", "positive", "negatives"), evaluation)
-    repeats = contamination(choices, ("prompt",), evaluation)
-    pairs, choices = _without(pairs, copies), _without(choices, repeats)
-    return Labelled(pairs, choices, found, [*copies, *repeats])
+        choices, found = preferences.split(stated, retrieval_sets.HELD_OUT), [*found, *wrong]
+    pairs, shared = _joined(mined, pairs, ("query", "positive", "negatives", "pair_key", "unseen"), evaluation)
+    choices, copied = _joined(mined, choices, (*preferences.TEXTS, "format"), evaluation)
+    return Labelled(pairs, choices, found, shared + copied)
 
 
-def _without(rows: list[Pair], copies: list[dict[str, Any]]) -> list[Pair]:
-    taken = {item["row"] for item in copies if item["exact"] or item["share"] > OVERLAP}
-    return [row for k, row in enumerate(rows) if k not in taken]
-
-
-def _joined(ours: list[Pair], theirs: list[Pair]) -> list[Pair]:
-    """Both, evenly mixed."""
-    total = max(1, len(ours) + len(theirs))
-    lane, ordinal = mixing.interleave([len(ours) / total, len(theirs) / total], len(ours) + len(theirs), "labelled")
-    return [(ours, theirs)[side][k] for side, k in zip(lane.tolist(), ordinal.tolist(), strict=True)]
+def _joined(
+    mined: Sequence[Pair], given: Sequence[Pair], columns: Sequence[str], evaluation: Collection[str]
+) -> tuple[list[Pair], list[dict[str, Any]]]:
+    """Both, evenly mixed, a row that `mined` has too once, with these columns; and what of them is contaminated."""
+    sides = [[{key: row[key] for key in (*ORIGIN, "split", *columns)} for row in side] for side in (mined, given)]
+    known = {(row[columns[0]], row[columns[1]]) for row in sides[0]}
+    sides[1] = [row for row in sides[1] if (row[columns[0]], row[columns[1]]) not in known]
+    counts = [len(side) for side in sides]
+    lane, ordinal = mixing.interleave([count / max(1, sum(counts)) for count in counts], sum(counts), "labelled")
+    rows = [sides[side][k] for side, k in zip(lane.tolist(), ordinal.tolist(), strict=True)]
+    shares = contamination(
+        rows, [name for name in ("query", "positive", "negatives", "prompt") if name in columns], evaluation
+    )
+    report = [{"source": row["source"], "share": share} for row, share in zip(rows, shares, strict=True) if share]
+    return [row for row, share in zip(rows, shares, strict=True) if share <= OVERLAP], report
 
 
 def encode(pairs: Iterable[Pair], model: Tokenizer, sizes: Auxiliary) -> list[Pair]:
@@ -148,32 +144,23 @@ def encode(pairs: Iterable[Pair], model: Tokenizer, sizes: Auxiliary) -> list[Pa
     return made
 
 
-def contamination(
-    rows: Sequence[Pair], columns: Sequence[str], evaluation: Collection[str] = ()
-) -> list[dict[str, Any]]:
-    """Training rows that share text with held-out rows or with `evaluation`, the worst first: row, source, `exact`,
-    whether a whole text is the same but for case and spaces, and `share` of the row's 13-grams."""
+def contamination(rows: Sequence[Pair], columns: Sequence[str], evaluation: Collection[str] = ()) -> list[float]:
+    """Share of a training row's text that held-out rows or `evaluation` texts hold: of the 13-grams of that text, of
+    its `columns`, that has most; 1 for a text that is theirs but for case and spaces. Held-out rows have none."""
 
     def texts(row: Pair) -> list[str]:
         return [text for name in columns for text in ([row[name]] if isinstance(row[name], str) else row[name])]
 
-    def grams(found: Iterable[str]) -> set[tuple[str, ...]]:
-        # 13 words, as GPT-3 looked for benchmarks in its text        (Brown et al. 2020, appendix C)
-        words = (retrieval_sets.terms(text) for text in found)
-        return {tuple(w[k : k + WORDS]) for w in words for k in range(len(w) - WORDS + 1)}
+    def grams(text: str) -> set[tuple[str, ...]]:
+        words = retrieval_sets.terms(text)  # 13 of them, as in Brown et al. 2020 (GPT-3), appendix C
+        return {tuple(words[k : k + WORDS]) for k in range(len(words) - WORDS + 1)}
+
+    def share(text: str) -> float:
+        return 1.0 if " ".join(text.lower().split()) in whole else len(grams(text) & parts) / max(1, len(grams(text)))
 
     held = [*evaluation, *(text for row in rows if row["split"] == "held_out" for text in texts(row))]
-    whole, parts, made = {" ".join(text.lower().split()) for text in held}, grams(held), []
-    for k, row in enumerate(rows):
-        if row["split"] == "train":
-            own = grams(texts(row))
-            exact = any(" ".join(text.lower().split()) in whole for text in texts(row))
-            made.append(
-                {"row": k, "source": row["source"], "exact": exact, "share": len(own & parts) / max(1, len(own))}
-            )
-    return sorted(
-        (item for item in made if item["exact"] or item["share"]), key=lambda item: (-item["exact"], -item["share"])
-    )
+    whole, parts = {" ".join(text.lower().split()) for text in held}, set[tuple[str, ...]]().union(*map(grams, held))
+    return [max(map(share, texts(row))) if row["split"] == "train" else 0.0 for row in rows]
 
 
 def leakage(pairs: Iterable[Pair]) -> int:
