@@ -51,14 +51,10 @@ def read(path: Path) -> RetrievalSet:
     pairs: list[Pair] = []
     for (query, text), (grade, split, source, licence) in judged.items():
         if grade > 0:
-            shared = text if len(graded[query, True]) == 1 else query
+            about = {"split": split, "unseen": split == "held_out"}
+            about["pair_key"] = key(text if len(graded[query, True]) == 1 else query)
             texts = {"query": query, "positive": text, "negatives": graded[query, False]}
-            pairs.append(
-                problems.origin(source, licence)
-                | {"split": split}
-                | texts
-                | {"pair_key": key(shared), "unseen": split == "held_out"}
-            )
+            pairs.append(problems.origin(source, licence) | about | texts)
     share = sum(pair["unseen"] for pair in pairs) / max(1, len(pairs))
     dealt = {text: _drawn(share, "document", text) for text in corpus}
     return RetrievalSet(pairs, dealt | {text: split for (_, text), (_, split, *_) in judged.items()}, found)
@@ -82,10 +78,10 @@ def _beir(folder: Path) -> tuple[Judged, list[str], list[Problem]]:
                     raise Wrong(f"{cell!r} is not in {name}.jsonl", "add it there, or drop the line")
             if not re.fullmatch("[0-9]{1,9}", cells[2]):
                 raise Wrong(f"score {cells[2]!r} is no whole number from 0", "0 is not relevant, above is relevant")
-            (query, *_), (text, *about) = queries[cells[0]], corpus[cells[1]]
+            query, (text, source, licence) = queries[cells[0]][0], corpus[cells[1]]
             if (query, text) in judged:
                 raise Wrong(f"{cells[1]!r}, or its text, is judged before for {cells[0]!r}", "judge it once")
-            judged[query, text] = (int(cells[2]), split, about[0], about[1])
+            judged[query, text] = int(cells[2]), split, source, licence
 
     for name, split in SPLITS.items():
         for path in sorted(folder.glob(f"qrels/{name}.tsv*")):
@@ -120,13 +116,13 @@ def _triples(path: Path) -> tuple[Judged, list[str], list[Problem]]:
     def parse(number: int, line: Any) -> None:
         row = problems.row(line)
         query, positive = problems.text(row, "query" if "query" in row else "anchor"), problems.text(row, "positive")
-        listed = row.get("negatives", row.get("negative", []))
-        listed = listed if isinstance(listed, list) else [listed]
+        given = row.get("negatives", row.get("negative", []))
+        listed = given if isinstance(given, list) else [given]
         negatives = [problems.text({"negative": item}, "negative") for item in listed]
         for text in negatives:
             if similar(text, positive) or judged.get((query, text), (0,))[0]:
                 raise Wrong(f"the negative {text[:40]!r} is, nearly or quite, a positive of the query", "drop it")
-        if judged.get((query, positive), (1,))[0] == 0:
+        if (query, positive) in judged and not judged[query, positive][0]:
             raise Wrong(f"the positive {positive[:40]!r} is a negative of the query before", "decide which it is")
         if (same := seen.setdefault((query, positive, *negatives), number)) != number:
             raise Wrong(f"duplicate of line {same}", "drop one of them")
@@ -134,8 +130,7 @@ def _triples(path: Path) -> tuple[Judged, list[str], list[Problem]]:
         for grade, text in [(1, positive), *((0, text) for text in negatives)]:
             judged.setdefault((query, text), (grade, split, f"{path.name}/{number}", ""))
 
-    found = problems.sift(path, parse)[1]
-    return judged, [], found
+    return judged, [], problems.sift(path, parse)[1]
 
 
 def write_beir(folder: Path, pairs: Sequence[Pair]) -> None:
@@ -146,8 +141,8 @@ def write_beir(folder: Path, pairs: Sequence[Pair]) -> None:
     asked = [{"_id": digest(text), "text": text} for text in dict.fromkeys(pair["query"] for pair in pairs)]
     for name, lines in (("corpus", rows), ("queries", asked)):
         runs.write_text(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    for split, name in (("train", "train"), ("held_out", "test")):
-        members = [pair for pair in pairs if pair["split"] == split]
+    for name in ("train", "test"):
+        members = [pair for pair in pairs if pair["split"] == SPLITS[name]]
         scores = {(pair["query"], text): "0" for pair in members for text in pair["negatives"]}
         scores |= {(pair["query"], pair["positive"]): "1" for pair in members}
         cells = [HEADER, *([digest(query), digest(text), score] for (query, text), score in scores.items())]
@@ -171,7 +166,7 @@ def terms(text: str) -> list[str]:
 
 @lru_cache(maxsize=65_536)
 def _shingles(text: str) -> frozenset[tuple[str, ...]]:
-    words = terms(text)
+    words = terms(text) or [text]
     return frozenset(tuple(words[k : k + SHINGLE]) for k in range(max(1, len(words) - SHINGLE + 1)))
 
 
@@ -206,8 +201,7 @@ def mine_negatives(
     alike (`similar`) to the query, its positive or another document relevant to it, and one that scores above `margin`
     times the positive (TopK-PercPos: Moreira et al. 2024, NV-Retriever).
     """
-    relevant: dict[str, set[str]] = defaultdict(set)
-    positives: dict[str, set[str]] = defaultdict(set)
+    relevant, positives = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for pair in pairs:
         relevant[pair["query"]].add(pair["positive"])
         positives[pair["split"]].add(pair["positive"])
