@@ -1,20 +1,24 @@
-"""Retrieval pairs and preferences mined from code the CodeSearchNet way (Husain et al. 2019, section 2)."""
+"""Retrieval pairs and preferences: mined from code the CodeSearchNet way (Husain et al. 2019, section 2), and given."""
 
 import ast
-import hashlib
 import textwrap
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
-from stackpkg.data import mixing, shards
-from stackpkg.data.provenance import Record
+from stackpkg import runs
+from stackpkg.data import mixing, preferences, problems, retrieval_sets, shards
+from stackpkg.data.retrieval_sets import Pair
 from stackpkg.params import Auxiliary
 
 PER_MODULE = 12  # functions of one module at most, so that no large file dominates
-Pair = dict[str, Any]  # a row of pairs.parquet
+WORDS, OVERLAP = 13, 0.5  # of an n-gram; share of a training text that makes it a copy
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # where a statement of Python holds statements
+ORIGIN = ("record_id", "source", "licence")
 
 
 class Function(NamedTuple):
@@ -31,11 +35,12 @@ def functions(text: str) -> list[Function]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in strings
-            tree = ast.parse(text)
+            nodes: list[Any] = list(ast.parse(text).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     lines, found = [line + "\n" for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")], []
-    for node in ast.walk(tree):
+    for node in nodes:  # statements alone, which hold every function: a tenth of the tree
+        nodes += [inner for name in BLOCKS for inner in getattr(node, name, [])]
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(("test", "__")):
             first, docstring = node.body[0], ast.get_docstring(node) or ""
             start, end = first.lineno - 1, (first.end_lineno or 0) if docstring else first.lineno - 1
@@ -47,33 +52,85 @@ def functions(text: str) -> list[Function]:
     return found
 
 
-def mine(records: Iterable[Record], validation: Collection[str], sizes: Auxiliary, held_out: int) -> list[Pair]:
-    """At most `sizes.pairs` pairs from code records, each with its preference; hard negatives are of the same module.
+def mine(
+    records: pa.Table | Iterable[Mapping[str, Any]], validation: Collection[str], sizes: Auxiliary, held_out: int
+) -> list[Pair]:
+    """At most `sizes.pairs` pairs from code records, each with its preference: rejected is a body of the same module.
 
     Whole modules are held out until `held_out` pairs are: first those of the `validation` records, which the language
-    model never reads, then others by hash. A function seen before is passed over, and a query of under three words.
+    model never reads, then others by hash. A body seen before is passed over, and so are a docstring seen before, which
+    may ask for either function, and one of under three words. Hard negatives are functions of the same split.
     """
+    if isinstance(records, pa.Table):
+        records = records.select([*ORIGIN, "domain", "text"]).filter(pc.field("domain") == "code").to_pylist()
     pairs: list[Pair] = []
-    seen: set[str] = set()
-    code = [record for record in records if record.domain == "code"]
-    for record in sorted(code, key=lambda r: (r.record_id not in validation, mixing.hashed(1, r.record_id)[0])):
+    seen, asked, documents = set[str](), dict[str, str](), dict[str, str]()
+    code = [(record["record_id"], record) for record in records if record["domain"] == "code"]
+    for name, record in sorted(code, key=lambda item: (item[0] not in validation, mixing.hashed(1, item[0])[0])):
         split = "held_out" if len(pairs) < held_out else "train"
-        fresh = list({f.code: f for f in functions(record.text) if f.code not in seen}.values())
-        asked = {f.query: f for f in fresh if len(f.query.split()) >= 3 and f.query not in seen}
-        seen.update(f.code for f in fresh)
-        where = {"record_id": record.record_id, "source": record.source, "licence": record.licence, "split": split}
-        for query, f in list(asked.items())[:PER_MODULE]:
-            others = [other for other in fresh if other.body != f.body]
-            hard = [others[k] for k in mixing.permutation(len(others), record.record_id, query)[: sizes.hard_negatives]]
-            if len(hard) == sizes.hard_negatives:
-                key = int(hashlib.sha256(f.code.encode()).hexdigest()[:15], 16)
-                texts = {"query": query, "positive": f.code, "negatives": [other.code for other in hard]}
-                choice = {"prompt": f.prompt, "chosen": f.body, "rejected": hard[0].body}
-                pairs.append(where | texts | choice | {"pair_key": key, "unseen": record.record_id in validation})
-                seen.add(query)
+        where = {key: record[key] for key in ORIGIN} | {"split": split, "unseen": name in validation}
+        fresh = list({f.body: f for f in functions(record["text"]) if f.body not in seen}.values())
+        seen |= {f.body for f in fresh}
+        first = [f for f in fresh if asked.setdefault(f.query or f.code, f.code) == f.code]
+        documents |= {f.code: split for f in first}
+        for f in [f for f in first if len(f.query.split()) >= 3][:PER_MODULE]:
+            others = (fresh[k].body for k in mixing.permutation(len(fresh), name, f.query))
+            if wrong := next((body for body in others if not retrieval_sets.similar(body, f.body)), ""):
+                choice = {"prompt": f.prompt, "chosen": f.body, "rejected": wrong, "format": preferences.EXPLICIT}
+                texts = {"query": f.query, "positive": f.code, "negatives": list[str]()}
+                pairs.append(where | texts | choice | {"pair_key": retrieval_sets.key(f.code)})
         if len(pairs) >= sizes.pairs:
             break
-    return pairs[: sizes.pairs]
+    return retrieval_sets.mine_negatives(pairs[: sizes.pairs], documents, sizes.hard_negatives, sizes.negative_margin)
+
+
+class Labelled(NamedTuple):
+    """Rows of pairs.parquet and of preferences.parquet; the lines of given files that were set aside; training rows
+    that share text with the evaluation: source, share."""
+
+    pairs: list[Pair]
+    preferences: list[Pair]
+    problems: list[problems.Problem]
+    contaminated: list[dict[str, Any]]
+
+
+def load(sizes: Auxiliary, mined: Sequence[Pair], evaluation: Collection[str] = ()) -> Labelled:
+    """`mined` pairs, evenly mixed with those of `sizes.retrieval_set`; their preferences, with `sizes.preference_set`.
+
+    A training row that shares over `OVERLAP` of its text with held-out rows or `evaluation` texts is left out. Raises
+    `ValueError`, with the lines to mend first, when over a tenth of a given file is wrong.
+    """
+    pairs: list[Pair] = []
+    choices: list[Pair] = []
+    found: list[problems.Problem] = []
+    if sizes.retrieval_set:
+        given, documents, found = retrieval_sets.read(path := runs.root() / sizes.retrieval_set)
+        problems.check(path, len(given), found)
+        pairs = retrieval_sets.mine_negatives(given, documents, sizes.hard_negatives, sizes.negative_margin)
+    if sizes.preference_set:
+        stated, wrong = preferences.read(path := runs.root() / sizes.preference_set)
+        problems.check(path, len(stated), wrong)
+        choices, found = preferences.split(stated, retrieval_sets.HELD_OUT), [*found, *wrong]
+    pairs, shared = _joined(mined, pairs, ("query", "positive", "negatives", "pair_key", "unseen"), evaluation)
+    choices, copied = _joined(mined, choices, (*preferences.TEXTS, "format"), evaluation)
+    return Labelled(pairs, choices, found, shared + copied)
+
+
+def _joined(
+    mined: Sequence[Pair], given: Sequence[Pair], columns: Sequence[str], evaluation: Collection[str]
+) -> tuple[list[Pair], list[dict[str, Any]]]:
+    """Both, evenly mixed, a row that `mined` has too once, with these columns; and what of them is contaminated."""
+    sides = [[{key: row[key] for key in (*ORIGIN, "split", *columns)} for row in side] for side in (mined, given)]
+    known = {(row[columns[0]], row[columns[1]]) for row in sides[0]}
+    sides[1] = [row for row in sides[1] if (row[columns[0]], row[columns[1]]) not in known]
+    counts = [len(side) for side in sides]
+    lane, ordinal = mixing.interleave([count / max(1, sum(counts)) for count in counts], sum(counts), "labelled")
+    rows = [sides[side][k] for side, k in zip(lane.tolist(), ordinal.tolist(), strict=True)]
+    shares = contamination(
+        rows, [name for name in ("query", "positive", "negatives", "prompt") if name in columns], evaluation
+    )
+    report = [{"source": row["source"], "share": share} for row, share in zip(rows, shares, strict=True) if share]
+    return [row for row, share in zip(rows, shares, strict=True) if share <= OVERLAP], report
 
 
 def encode(pairs: Iterable[Pair], model: Tokenizer, sizes: Auxiliary) -> list[Pair]:
@@ -85,6 +142,25 @@ def encode(pairs: Iterable[Pair], model: Tokenizer, sizes: Auxiliary) -> list[Pa
         ids = {"query_ids": query[: sizes.query_tokens], "positive_ids": positive, "negative_ids": negatives}
         made.append(pair | ids)
     return made
+
+
+def contamination(rows: Sequence[Pair], columns: Sequence[str], evaluation: Collection[str] = ()) -> list[float]:
+    """Share of a training row's text that held-out rows or `evaluation` texts hold: of the 13-grams of that text, of
+    its `columns`, that has most; 1 for a text that is theirs but for case and spaces. Held-out rows have none."""
+
+    def texts(row: Pair) -> list[str]:
+        return [text for name in columns for text in ([row[name]] if isinstance(row[name], str) else row[name])]
+
+    def grams(text: str) -> set[tuple[str, ...]]:
+        words = retrieval_sets.terms(text)  # 13 of them, as in Brown et al. 2020 (GPT-3), appendix C
+        return {tuple(words[k : k + WORDS]) for k in range(len(words) - WORDS + 1)}
+
+    def share(text: str) -> float:
+        return 1.0 if " ".join(text.lower().split()) in whole else len(grams(text) & parts) / max(1, len(grams(text)))
+
+    held = [*evaluation, *(text for row in rows if row["split"] == "held_out" for text in texts(row))]
+    whole, parts = {" ".join(text.lower().split()) for text in held}, set[tuple[str, ...]]().union(*map(grams, held))
+    return [max(map(share, texts(row))) if row["split"] == "train" else 0.0 for row in rows]
 
 
 def leakage(pairs: Iterable[Pair]) -> int:

@@ -1,10 +1,11 @@
-"""Domain mixing with temperature, and the schedule that turns shares into an exact, evenly spread row order."""
+"""Domain mixing with temperature and caps, and the schedule that makes of shares an exact, evenly spread row order."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import chdtrc
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -27,13 +28,47 @@ def permutation(n: int, *key: object) -> np.ndarray:
     return np.argsort(hashed(n, *key), kind="stable")
 
 
-def shares(tokens: Mapping[str, int], temperature: float) -> dict[str, float]:
-    """Share of each domain, summing to 1. A temperature below 1 lifts small domains."""
+def shares(
+    tokens: Mapping[str, int], temperature: float, max_share: float = 1, max_epochs: float = np.inf, budget: int = 0
+) -> dict[str, float]:
+    """Share of each domain, summing to 1. A temperature below 1 lifts small domains.
+
+    No domain gets more than `max_share`, nor is read more than `max_epochs` times in a run of `budget` tokens; what is
+    above goes to the other domains in proportion. Raises `ValueError` when the domains can't fill the run under these.
+    """
     if not tokens or min(tokens.values()) < 1:
         raise ValueError(f"every domain needs at least one token to mix; given {dict(tokens)}; drop the empty domain")
+    if max_epochs < np.inf and budget < 1:
+        raise ValueError(f"max_epochs {max_epochs} needs `budget`, the tokens the run reads; given {budget}")
+    limits = {d: min(max_share, max_epochs * count / max(1, budget)) for d, count in sorted(tokens.items())}
+    if sum(limits.values()) < 1 - 1e-9:
+        mend = f"raise max_epochs {max_epochs:g} or max_share {max_share:g}, shorten the run or add text"
+        mend = mend if max_share * len(tokens) >= 1 else f"give max_share {1 / len(tokens):.3g} or more"
+        raise ValueError(f"{limits}, as far as domains can be read, make {sum(limits.values()):.3g}, not 1; {mend}")
     # p_d = tokens_d^T / sum_j tokens_j^T        (Devlin et al. 2018, multilingual BERT)
     weights = {domain: float(count) ** temperature for domain, count in sorted(tokens.items())}
-    return {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
+    made, capped = {domain: weight / sum(weights.values()) for domain, weight in weights.items()}, set[str]()
+    while over := {domain for domain, share in made.items() if share > limits[domain]} - capped:
+        capped |= over
+        # p_d = min(limit_d, c w_d), with the c at which they sum to 1
+        free = sum(weight for domain, weight in weights.items() if domain not in capped)
+        c = (1 - sum(limits[domain] for domain in capped)) / (free or 1)
+        made = {domain: limits[domain] if domain in capped else c * weight for domain, weight in weights.items()}
+    return made
+
+
+def deviation(target: Mapping[str, float], counts: Mapping[str, int]) -> tuple[dict[str, float], float]:
+    """(difference, p): realised less target share of each domain, and the probability of so uneven a draw by chance.
+
+    `counts` are of rows or documents, not of tokens. Raises `ValueError` for a count in a domain without a share.
+    """
+    total = sum(counts.values())
+    if total < 1 or any(target.get(domain, 0) <= 0 < count for domain, count in counts.items()):
+        raise ValueError(f"counts {dict(counts)}, targets {dict(target)}: count rows, of domains that have a share")
+    apart = {domain: counts.get(domain, 0) / total - share for domain, share in target.items()}
+    # chi^2 = sum_d (n_d - n p_d)^2 / (n p_d) with D - 1 degrees of freedom        (Pearson 1900)
+    terms = [total * apart[domain] ** 2 / share for domain, share in target.items() if share > 0]
+    return apart, float(chdtrc(max(1, len(terms) - 1), sum(terms)))
 
 
 def interleave(parts: Sequence[float], rows: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
