@@ -113,7 +113,7 @@ def synthetic(folder: Path, documents: int, part: int = 50_000, seed: int = 7) -
 
 def _write(path: Path, groups: Iterator) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(path, records.SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path, records.SCHEMA, compression="zstd", use_dictionary=False) as writer:
         for group in groups:
             rows = ({"record_id": _id(name), "source": f"bench:{name}", "text": text} for name, text in group)
             writer.write_table(records.table(rows))

@@ -6,7 +6,7 @@ and the shingle hashes of texts that have a candidate. The order of parts and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +25,12 @@ from stackpkg.data import sketches as kernels
 DUPLICATES = pa.schema(
     [("removed", pa.string()), ("kept", pa.string()), ("jaccard", pa.float64()), ("kind", pa.string())]
 )
+ABOUT = pa.schema(
+    [("earlier", pa.int8()), ("trust", pa.float64()), ("length", pa.int64())]
+    + [("timestamp", pa.int64()), ("record_id", pa.string())]
+)
 # The better of two records is of the earlier corpus, else more trusted, longer, older, of the lower id.
-PREFERENCE = [(name, "descending") for name in ("earlier", "trust", "length")]
-PREFERENCE += [(name, "ascending") for name in ("timestamp", "record_id")]
+PREFERENCE = list(zip(ABOUT.names, ["descending"] * 3 + ["ascending"] * 2, strict=True))
 STAR, BLOCK = 8, 32  # texts that one is paired with inside a bucket; texts that a thread takes at once
 Pairs = tuple[np.ndarray, np.ndarray]
 
@@ -35,17 +38,17 @@ Pairs = tuple[np.ndarray, np.ndarray]
 class Corpus(NamedTuple):
     """Records, and the distinct texts among them; both are numbered as they were read."""
 
-    records: pa.Table  # the columns of PREFERENCE
+    records: pa.Table  # ABOUT
     text_of: np.ndarray  # int64[records]
     sketches: np.ndarray  # uint32[texts, SIZE]
 
 
 def about(batch: kernels.Batch, trust: Mapping[str, float], earlier: bool = False) -> pa.Table:
-    """The columns of PREFERENCE for the rows of a batch: length in bytes; trust 0 where none is given."""
-    table = pa.table(batch.table.select(["record_id", "timestamp"])).take(batch.rows)
-    known = np.array([trust.get(name, 0.0) for name in table["record_id"].to_pylist()], np.float64)
-    made = {"trust": known, "length": np.diff(batch.ends)[batch.rows], "earlier": np.full(len(known), earlier, np.int8)}
-    return pa.table({name: table[name] for name in table.column_names} | made)
+    """`ABOUT` the rows of a batch: length in bytes; trust 0 where none is given."""
+    times, names = (batch.table[name].take(pa.array(batch.rows)) for name in ("timestamp", "record_id"))
+    known = np.array([trust.get(name, 0.0) for name in names.to_pylist()], np.float64)
+    lengths, side = np.diff(batch.ends)[batch.rows], np.full(len(known), earlier, np.int8)
+    return pa.table([side, known, lengths, times, names], schema=ABOUT)
 
 
 def ranked(records: pa.Table) -> np.ndarray:
@@ -69,7 +72,7 @@ def _spread(pool: ThreadPoolExecutor, kernel: Callable, batch: kernels.Batch, ro
 def _read(sides: Sequence[Sequence[Path]], trust: Mapping[str, float], n: int, pool: ThreadPoolExecutor) -> Corpus:
     rows = sum(pq.read_metadata(path).num_rows for paths in sides for path in paths)
     sketches, text_of, seen = np.empty((rows, kernels.SIZE), np.uint32), list[int](), dict[bytes, int]()
-    tables = [pa.table({name: pa.array([], "string" if name == "record_id" else "int64") for name, _ in PREFERENCE})]
+    tables = [ABOUT.empty_table()]
     for side, paths in enumerate(sides):
         for batch in kernels.batches(paths, "record_id", "timestamp"):
             text, ends, new = memoryview(batch.text), batch.ends.tolist(), list[int]()
@@ -83,8 +86,7 @@ def _read(sides: Sequence[Sequence[Path]], trust: Mapping[str, float], n: int, p
                 sketches[at : at + len(block)] = block
                 at += len(block)
             tables.append(about(batch, trust, earlier=side == 0))
-    records = pa.concat_tables(tables, promote_options="permissive")
-    return Corpus(records, np.array(text_of, np.int64), sketches[: len(seen)])
+    return Corpus(pa.concat_tables(tables), np.array(text_of, np.int64), sketches[: len(seen)])
 
 
 def _candidates(sketches: np.ndarray, by_rank: np.ndarray, threshold: float, floor: float) -> list[Pairs]:
@@ -141,7 +143,9 @@ def deduplicate(
         corpus = _read([earlier, parts], trust, n, pool)
         names, old = corpus.records["record_id"], corpus.records["earlier"].to_numpy().astype(bool)
         if repeated := np.count_nonzero(~old) - pc.count_distinct(names.filter(pa.array(~old))).as_py():
-            raise ValueError(f"{repeated} record_id of the parts are not their first: give every record a source of its own")
+            raise ValueError(
+                f"{repeated} record_id of the parts are not their first: give every record a source of its own"
+            )
         order = ranked(corpus.records)
         texts, first = np.unique(corpus.text_of[order], return_index=True)
         best, by_rank = order[first], np.argsort(first)

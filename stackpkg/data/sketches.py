@@ -23,8 +23,8 @@ FOLD = np.where(np.isin(np.arange(256), [*b"0123456789_abcdefghijklmnopqrstuvwxy
 FOLD[65:91] = range(97, 123)
 FOLD = FOLD.astype(np.uint64)  # byte -> lower case, 0 where it parts words
 FNV, PRIME, ZERO, ONE = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3), np.uint64(0), np.uint64(1)
-TURN, KEEP, HALF, LOW = np.uint64(25), np.uint64(39), np.uint64(32), np.uint64(0xFFFFFFFF)
-_mix = njit(inline="always")(mix)
+TURN, KEEP, HALF, LOW = np.uint64(24), np.uint64(40), np.uint64(32), np.uint64(0xFFFFFFFF)
+finalise = njit(inline="always")(mix)
 
 
 class Batch(NamedTuple):
@@ -64,12 +64,12 @@ def shingles(text: np.ndarray, start: int, stop: int, ring: np.ndarray, out: np.
         word = FNV
         while i < stop and FOLD[text[i]] != ZERO:
             word, i = (word ^ FOLD[text[i]]) * PRIME, i + 1
-        word = _mix(word)
+        word = finalise(word)
         # H(w2..wn+1) = (H(w1..wn) - w1 G^(n-1)) G + wn+1        (Karp, Rabin 1987)
         total = total * GOLDEN + word - ring[place] * power
         ring[place], place = word, place + 1 if place + 1 < n else 0
         words += 1
-        out[max(0, words - n)] = _mix(total)  # the first n words share a place
+        out[max(0, words - n)] = finalise(total)  # the first n words share a place
 
 
 @njit(nogil=True, cache=CACHE)
@@ -83,9 +83,9 @@ def sketch(text: np.ndarray, ends: np.ndarray, rows: np.ndarray, n: int) -> np.n
     for k in range(len(rows)):
         count = shingles(text, ends[rows[k]], ends[rows[k] + 1], ring, hashes)
         values, left, turn = out[k], SIZE if count else 0, ZERO
-        while left > 0 and turn < np.uint64(127):  # a turn fills many bins; few turns are needed
+        while left > 0 and turn < size + size:  # the first turn fills most bins; the last ones, one bin each
             for j in range(count):
-                place = ((hashes[j] & LOW) * size) >> HALF
+                place = ((hashes[j] & LOW) * size) >> HALF if turn < size else turn - size
                 value = np.uint32((turn << TURN) | (hashes[j] >> KEEP))
                 if value < values[place]:
                     left -= values[place] == EMPTY
@@ -93,7 +93,7 @@ def sketch(text: np.ndarray, ends: np.ndarray, rows: np.ndarray, n: int) -> np.n
             turn += ONE
             if left > 0:
                 for j in range(count):
-                    hashes[j] = _mix(hashes[j] + GOLDEN)
+                    hashes[j] = finalise(hashes[j] + GOLDEN)
     return out
 
 
@@ -104,7 +104,7 @@ def band_keys(sketches: np.ndarray, order: np.ndarray, first: int, width: int) -
     for k in range(len(order)):
         key = ZERO
         for j in range(first, first + width):
-            key = _mix(key * GOLDEN + np.uint64(sketches[order[k], j]))
+            key = finalise(key * GOLDEN + np.uint64(sketches[order[k], j]))
         keys[k] = key
     return keys
 
