@@ -23,7 +23,23 @@ import pyarrow.parquet as pq
 from stackpkg.data import mixing, records
 
 ROOTS = [sysconfig.get_paths()["purelib"], "/usr/share/doc", "/usr/lib/python3"]
-SUFFIXES = set(".py .pyi .c .h .hpp .cpp .cu .cuh .rs .js .md .rst .txt .pod .tex .html .htm".split())
+SUFFIXES = {
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".hpp",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".rs",
+    ".js",
+    ".md",
+    ".rst",
+    ".txt",
+    ".html",
+    ".htm",
+}
 NAMES = ("readme", "license", "licence", "copying", "changelog", "copyright", "news", "notice", "authors", "metadata")
 SHORTEST, PIECE = 300, 60_000  # characters; a file twice as long as a piece is cut into pieces at line ends
 EDITS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08)  # share of words that a planted copy changes
@@ -70,7 +86,7 @@ def _edited(rng: random.Random, text: str, share: float, vocabulary: Sequence[st
 
 def real(path: Path, documents: int, roots: Sequence[str] = ROOTS, seed: int = 7) -> Path:
     """`documents` documents, one in ten a changed copy of another, shuffled."""
-    rng, made = random.Random(seed), []
+    rng, made = random.Random(seed), []  # noqa: S311  a fixed seed, no secret
     for name, text in _documents(roots):
         made.append((name, text))
         if len(made) == documents - documents // 10:

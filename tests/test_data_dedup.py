@@ -77,7 +77,7 @@ def test_every_removal_is_verified_and_what_stays_has_no_copy(tmp_path_factory, 
     trust = {f"{k:02}": data.draw(st.sampled_from([0.5, 0.9])) for k in range(len(texts))}
     text = {f"{k:02}": body for k, body in enumerate(texts)}
     found = run(tmp_path_factory.mktemp("parts"), [row(*item) for item in text.items()], trust, n=2, threshold=0.5)
-    stays = {name for name in text} - {item["removed"] for item in found}
+    stays = set(text) - {item["removed"] for item in found}
     assert len(found) == len({item["removed"] for item in found}) and {item["kept"] for item in found} <= stays
     for item in found:
         a, b = item["removed"], item["kept"]

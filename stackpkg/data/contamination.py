@@ -24,12 +24,12 @@ COMMON = 10  # an n-gram of more documents than this is boilerplate (Brown et al
 WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")  # as the kernels part words
 PARAGRAPHS = pa.schema([("record_id", pa.string()), ("paragraph", pa.int64()), ("documents", pa.int64())])
 CONTAMINATED = pa.schema(
-    [("record_id", pa.string()), ("evaluation", pa.string()), ("shared", pa.int64()), ("share", pa.float64())]
-    + [("excerpt", pa.string())]
+    {"record_id": pa.string(), "evaluation": pa.string(), "shared": pa.int64(), "share": pa.float64()}
+    | {"excerpt": pa.string()}
 )
 REPORT = pa.schema(
-    [("evaluation_set", pa.string()), ("documents", pa.int64()), ("too_short", pa.int64()), ("found", pa.int64())]
-    + [("largest_share", pa.float64()), ("records", pa.int64())]
+    {"evaluation_set": pa.string(), "documents": pa.int64(), "too_short": pa.int64(), "found": pa.int64()}
+    | {"largest_share": pa.float64(), "records": pa.int64()}
 )
 
 
@@ -164,15 +164,15 @@ def _grams(paths: Sequence[Path], name: str, n: int, slots: np.ndarray | None = 
 
 
 def contaminated(parts: Sequence[Path], evaluation: Sequence[Path], words: int) -> pa.Table:
-    """`CONTAMINATED`: each record of the parts and each evaluation document that share an n-gram of `words` words, lower
-    case, without punctuation (Brown et al. 2020, appendix C). `shared` counts distinct n-grams, `share` is their
+    """`CONTAMINATED`: each record and each evaluation document that share an n-gram of `words` words, in lower case,
+    without punctuation (Brown et al. 2020, appendix C). `shared` counts distinct n-grams, `share` is their
     share of the evaluation document's, `excerpt` is the first in the record.
 
     No evidence is what more than COMMON evaluation documents hold (a template of the set) or more than COMMON
     records (boilerplate, after the paper): so look for contamination after duplicates are removed. An evaluation
     document of fewer words has no n-gram; `report` counts those.
     """
-    tests = [gram for gram in _grams(evaluation, "source", words)]
+    tests = list(_grams(evaluation, "source", words))
     owners, owned = _pairs(tests)
     rare = _rare(owned)
     owners, owned = owners[rare], owned[rare]

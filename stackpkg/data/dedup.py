@@ -26,8 +26,13 @@ DUPLICATES = pa.schema(
     [("removed", pa.string()), ("kept", pa.string()), ("jaccard", pa.float64()), ("kind", pa.string())]
 )
 ABOUT = pa.schema(
-    [("earlier", pa.int8()), ("trust", pa.float64()), ("length", pa.int64())]
-    + [("timestamp", pa.int64()), ("record_id", pa.string())]
+    {
+        "earlier": pa.int8(),
+        "trust": pa.float64(),
+        "length": pa.int64(),
+        "timestamp": pa.int64(),
+        "record_id": pa.string(),
+    }
 )
 # The better of two records is of the earlier corpus, else more trusted, longer, older, of the lower id.
 PREFERENCE = list(zip(ABOUT.names, ["descending"] * 3 + ["ascending"] * 2, strict=True))
