@@ -1,130 +1,181 @@
-"""Exact and near duplicates: sketches, LSH bands, and every candidate verified by exact Jaccard over word shingles."""
+"""Exact and near duplicates of a corpus on disk: sketches, LSH bands, and every candidate verified by exact Jaccard.
 
-import os
-from collections.abc import Sequence
+Two passes over the parts. What is held in memory: a sketch of 512 bytes and some 200 bytes more for each distinct text,
+and the shingle hashes of texts that have a candidate. The order of parts and records and the threads are no matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numba
 import numpy as np
-from numba import njit
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from xxhash import xxh3_128_digest
 
-from stackpkg.data.mixing import GOLDEN, mix
-from stackpkg.data.provenance import Record
+from stackpkg.data import sketches as kernels
 
-CACHE = os.access(Path(__file__).parent, os.W_OK)  # a read-only install compiles the kernels anew in each process
-SIZE, STAR = 112, 8  # values of a sketch; neighbours a document is compared with inside one bucket
-WORD, LOWER = np.zeros(256, np.bool_), np.arange(256, dtype=np.uint64)
-WORD[[*range(48, 58), *range(65, 91), 95, *range(97, 123), *range(128, 256)]] = True
-LOWER[65:91] += np.uint64(32)
-EMPTY, FNV, PRIME = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
-S7, S32, S57, LOW32 = np.uint64(7), np.uint64(32), np.uint64(57), np.uint64(0xFFFFFFFF)
-_mix = njit(inline="always")(mix)
-
-
-class Duplicate(NamedTuple):
-    """A removed record, the one kept in its place, their exact Jaccard, and the kind: exact (same bytes) or near."""
-
-    removed: str
-    kept: str
-    jaccard: float
-    kind: str
-
-
-@njit(cache=CACHE)
-def _shingles(text: np.ndarray, ends: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of every n consecutive lower-cased words of the documents text[ends[d]:ends[d+1]], one after another, and
-    where those of each document end. A document of fewer than n words has one shingle, of none no shingle."""
-    out, stops, ring = np.empty(len(text) // 2 + len(ends), np.uint64), np.zeros_like(ends), np.zeros(n, np.uint64)
-    for d in range(len(ends) - 1):
-        ring[:] = FNV
-        count, word, inside = 0, FNV, False
-        for i in range(ends[d], ends[d + 1] + 1):
-            byte = text[i] if i < ends[d + 1] else np.uint8(32)
-            if WORD[byte]:
-                word, inside = (word ^ LOWER[byte]) * PRIME, True
-            elif inside:
-                ring[count % n] = _mix(word)
-                count, word, inside, total = count + 1, FNV, False, FNV
-                for j in range(count, count + n):
-                    total = total * GOLDEN + ring[j % n]
-                out[stops[d] + max(0, count - n)] = _mix(total)  # the first n words share a place
-        stops[d + 1] = stops[d] + (max(1, count - n + 1) if count else 0)
-    return out[: stops[-1]], stops
+DUPLICATES = pa.schema(
+    [("removed", pa.string()), ("kept", pa.string()), ("jaccard", pa.float64()), ("kind", pa.string())]
+)
+ABOUT = pa.schema(
+    {
+        "earlier": pa.int8(),
+        "trust": pa.float64(),
+        "length": pa.int64(),
+        "timestamp": pa.int64(),
+        "record_id": pa.string(),
+    }
+)
+# The better of two records is of the earlier corpus, else more trusted, longer, older, of the lower id.
+PREFERENCE = list(zip(ABOUT.names, ["descending"] * 3 + ["ascending"] * 2, strict=True))
+STAR, BLOCK = 8, 32  # texts that one is paired with inside a bucket; texts that a thread takes at once
+Pairs = tuple[np.ndarray, np.ndarray]
 
 
-@njit(cache=CACHE)
-def _sketch(hashes: np.ndarray, stops: np.ndarray, size: int) -> np.ndarray:
-    """uint64[documents, size], fast similarity sketching (Dahlgaard et al. 2017): a pass fills many bins."""
-    sketches = np.full((len(stops) - 1, size), EMPTY)
-    for d in range(len(stops) - 1):
-        h, left, turn = hashes[stops[d] : stops[d + 1]].copy(), size, np.uint64(0)
-        while len(h) and left > 0 and turn < np.uint64(127):
-            for j in range(len(h)):
-                place, value = ((h[j] & LOW32) * np.uint64(size)) >> S32, (turn << S57) | (h[j] >> S7)
-                if value < sketches[d, place]:
-                    left -= sketches[d, place] == EMPTY
-                    sketches[d, place] = value
-                h[j] = _mix(h[j] + GOLDEN)
-            turn += np.uint64(1)
-    return sketches
+class Corpus(NamedTuple):
+    """Records, and the distinct texts among them; both are numbered as they were read."""
+
+    records: pa.Table  # ABOUT
+    text_of: np.ndarray  # int64[records]
+    sketches: np.ndarray  # uint32[texts, SIZE]
 
 
-def bands_for(threshold: float) -> int:
-    """Fewest bands that make a pair at `threshold` a candidate with probability 0.95 or more."""
+def about(batch: kernels.Batch, trust: Mapping[str, float], earlier: bool = False) -> pa.Table:
+    """`ABOUT` the rows of a batch: length in bytes; trust 0 where none is given."""
+    times, names = (batch.table[name].take(pa.array(batch.rows)) for name in ("timestamp", "record_id"))
+    known = np.array([trust.get(name, 0.0) for name in names.to_pylist()], np.float64)
+    lengths, side = np.diff(batch.ends)[batch.rows], np.full(len(known), earlier, np.int8)
+    return pa.table([side, known, lengths, times, names], schema=ABOUT)
+
+
+def ranked(records: pa.Table) -> np.ndarray:
+    """int64[records], their numbers, the best first."""
+    return pc.sort_indices(records, sort_keys=PREFERENCE).to_numpy().astype(np.int64)
+
+
+def shape_for(threshold: float) -> tuple[int, int]:
+    """(bands, rows): the longest bands that make a pair at `threshold` a candidate with probability 0.98 or more."""
     # P(candidate) = 1 - (1 - J^rows)^bands        (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4)
-    return next((b for b in (4, 7, 8, 14, 16, 28, 56) if 1 - (1 - threshold ** (SIZE // b)) ** b >= 0.95), SIZE)
+    shapes = ((kernels.SIZE // rows, rows) for rows in range(16, 0, -1))
+    return next((b, r) for b, r in shapes if r == 1 or 1 - (1 - threshold**r) ** b >= 0.98)
 
 
-def _candidates(sketches: np.ndarray, threshold: float) -> np.ndarray:
-    """int64[pairs, 2], documents that share a band and whose sketches agree; each meets STAR others a bucket."""
-    found = [np.empty(0, np.int64)]
-    for band in np.split(sketches, bands_for(threshold), axis=1):
-        key = band[:, 0]
-        for column in band.T[1:]:
-            key = mix(key * GOLDEN + column)
-        order = np.argsort(key, kind="stable")
-        for gap in range(1, min(STAR + 1, len(order))):
-            same = np.flatnonzero(key[order][gap:] == key[order][:-gap])
-            found.append((order[same] << 32) | order[same + gap])
-    codes = np.unique(np.concatenate(found))
-    pairs = np.stack([codes >> 32, codes & 0xFFFFFFFF], axis=1)
-    agree = [sketches[a, 0] != EMPTY and (sketches[a] == sketches[b]).mean() >= threshold - 0.15 for a, b in pairs]
-    return pairs[np.array(agree, bool)]
+def _spread(pool: ThreadPoolExecutor, kernel: Callable, batch: kernels.Batch, rows: np.ndarray, n: int) -> list:
+    """What `kernel` makes of the rows, BLOCK by BLOCK, in their order."""
+    blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+    return list(pool.map(lambda block: kernel(batch.text, batch.ends, block, n), blocks))
 
 
-def _jaccard(hashes: np.ndarray, stops: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """float64[pairs], |A and B| / |A or B| of the shingle sets of two documents."""
-    sets = {d: np.unique(hashes[stops[d] : stops[d + 1]]) for d in np.unique(pairs).tolist()}
-    common = np.array([np.intersect1d(sets[a], sets[b], assume_unique=True).size for a, b in pairs.tolist()])
-    return common / np.maximum(1, [len(sets[a]) + len(sets[b]) for a, b in pairs.tolist()] - common)
+def _read(sides: Sequence[Sequence[Path]], trust: Mapping[str, float], n: int, pool: ThreadPoolExecutor) -> Corpus:
+    rows = sum(pq.read_metadata(path).num_rows for paths in sides for path in paths)
+    sketches, text_of, seen = np.empty((rows, kernels.SIZE), np.uint32), list[int](), dict[bytes, int]()
+    tables = [ABOUT.empty_table()]
+    for side, paths in enumerate(sides):
+        for batch in kernels.batches(paths, "record_id", "timestamp"):
+            text, ends, new = memoryview(batch.text), batch.ends.tolist(), list[int]()
+            for row in batch.rows.tolist():
+                known = len(seen)
+                text_of.append(seen.setdefault(xxh3_128_digest(text[ends[row] : ends[row + 1]]), known))
+                if text_of[-1] == known:
+                    new.append(row)
+            at = len(seen) - len(new)
+            for block in _spread(pool, kernels.sketch, batch, np.array(new, np.int64), n):
+                sketches[at : at + len(block)] = block
+                at += len(block)
+            tables.append(about(batch, trust, earlier=side == 0))
+    return Corpus(pa.concat_tables(tables), np.array(text_of, np.int64), sketches[: len(seen)])
 
 
-def deduplicate(records: Sequence[Record], n: int, threshold: float) -> tuple[list[Record], list[Duplicate]]:
-    """(kept, removed) by shingles of n words. Kept is the first by trust, length, age, id: input order is no matter.
+def _candidates(sketches: np.ndarray, by_rank: np.ndarray, threshold: float, floor: float) -> list[Pairs]:
+    """Pairs of texts that share a band and whose sketches agree: first each text and the next one of its bucket in
+    order of preference, then the one after that, up to STAR. So the work is bounded however large a bucket is."""
+    bands, width = shape_for(threshold)
+    worded, found = by_rank[sketches[by_rank, 0] != kernels.EMPTY], [[np.empty(0, np.int64)] for _ in range(STAR)]
+    for band in range(bands):
+        keys = kernels.band_keys(sketches, worded, band * width, width)
+        order = np.argsort(keys, kind="stable")
+        keys, texts = keys[order], worded[order]
+        for gap in range(1, min(STAR + 1, len(keys))):
+            same = np.flatnonzero(keys[gap:] == keys[:-gap])
+            found[gap - 1].append(texts[same] << 32 | texts[same + gap])
+    codes = [np.unique(np.concatenate(pairs)) for pairs in found]
+    alike = [code[kernels.agreements(sketches, code >> 32, code & 0xFFFFFFFF) >= floor] for code in codes]
+    return [(code >> 32, code & 0xFFFFFFFF) for code in alike]
 
-    Linked documents form components. In each, the best is kept and takes out those whose exact Jaccard with it is at
-    least `threshold`; then the best of the rest, and so on. So every removal is a verified pair.
+
+def _sets(paths: Sequence[Path], corpus: Corpus, wanted: np.ndarray, n: int, pool: ThreadPoolExecutor) -> Pairs:
+    """Shingle hashes of the wanted texts, and where those of each text begin and the last ends: int64[texts + 1]."""
+    texts, first = np.unique(corpus.text_of, return_index=True)
+    needed, begins = np.zeros(len(corpus.text_of), bool), np.zeros(len(texts) + 1, np.int64)
+    needed[first[wanted]] = True
+    hashes, sizes, at = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], 0
+    for batch in kernels.batches(paths):
+        rows = batch.rows[needed[at : at + len(batch.rows)]]
+        at += len(batch.rows)
+        for block, counts in _spread(pool, kernels.shingle_sets, batch, rows, n):
+            hashes.append(block)
+            sizes.append(counts)
+    begins[1:][wanted] = np.concatenate(sizes)
+    return np.concatenate(hashes), np.cumsum(begins)
+
+
+def _components(texts: int, links: Sequence[Pairs]) -> np.ndarray:
+    a, b = (np.concatenate(side) for side in zip(*links, strict=True))
+    return connected_components(coo_array((np.ones(len(a), np.int8), (a, b)), (texts, texts)), directed=False)[1]
+
+
+def deduplicate(
+    parts: Sequence[Path], trust: Mapping[str, float], n: int, threshold: float, earlier: Sequence[Path] = ()
+) -> pa.Table:
+    """`DUPLICATES` of the parts of a corpus, by shingles of n words: removed and kept record, their exact Jaccard, and
+    the kind: exact (same bytes), near, or earlier (kept is a record of `earlier`, of which none is removed).
+
+    Linked texts form components. In each, the best by PREFERENCE is kept and takes out those whose exact Jaccard with
+    it is at least `threshold`; then the best of the rest, and so on. So every removal is a verified pair.
+    A text of fewer words than n is one shingle; a text of no words is a duplicate of its own bytes alone.
+    Raises `ValueError` for a `record_id` that two records of the parts have.
     """
-    first: dict[str, Record] = {}
-    ranked = sorted(records, key=lambda r: (-r.trust, -len(r.text), r.timestamp, r.record_id))
-    copies = [(record, first.setdefault(record.content_hash, record)) for record in ranked]
-    docs = [record for record, original in copies if record is original]
-    raw = [record.text.encode() for record in docs]
-    hashes, stops = _shingles(np.frombuffer(b"".join(raw) or b" ", np.uint8), np.cumsum([0, *map(len, raw)]), n)
-    pairs = _candidates(_sketch(hashes, stops, SIZE), threshold)
-    a, b = pairs[_jaccard(hashes, stops, pairs) >= threshold].T
-    component = connected_components(coo_array((np.ones(len(a)), (a, b)), (len(docs), len(docs))), directed=False)[1]
-    waiting, near = np.flatnonzero(np.bincount(component)[component] > 1), {}
-    while len(waiting):
-        _, best, back = np.unique(component[waiting], return_index=True, return_inverse=True)
-        chosen = waiting[best][back]
-        scores = _jaccard(hashes, stops, np.stack([chosen, waiting], axis=1))
-        for k in np.flatnonzero((waiting != chosen) & (scores >= threshold)).tolist():
-            lost, kept = docs[waiting[k]].record_id, docs[chosen[k]].record_id
-            near[lost] = Duplicate(lost, kept, float(scores[k]), "near")
-        waiting = waiting[(waiting != chosen) & (scores < threshold)]
-    exact = [Duplicate(r.record_id, o.record_id, 1.0, "exact") for r, o in copies if r is not o]
-    moved = [near[item.kept]._replace(removed=item.removed) if item.kept in near else item for item in exact]
-    return [record for record in docs if record.record_id not in near], [*moved, *near.values()]
+    floor = threshold - 3 * (threshold * (1 - threshold) / kernels.SIZE) ** 0.5  # three standard deviations below
+    with ThreadPoolExecutor(numba.get_num_threads()) as pool:
+        corpus = _read([earlier, parts], trust, n, pool)
+        names, old = corpus.records["record_id"], corpus.records["earlier"].to_numpy().astype(bool)
+        if repeated := np.count_nonzero(~old) - pc.count_distinct(names.filter(pa.array(~old))).as_py():
+            raise ValueError(
+                f"{repeated} record_id of the parts are not their first: give every record a source of its own"
+            )
+        order = ranked(corpus.records)
+        texts, first = np.unique(corpus.text_of[order], return_index=True)
+        best, by_rank = order[first], np.argsort(first)
+        fixed = old[best]
+        found = _candidates(corpus.sketches, by_rank, threshold, floor)
+        found = [(a[~(fixed[a] & fixed[b])], b[~(fixed[a] & fixed[b])]) for a, b in found]
+        wanted = np.unique(np.concatenate([side for pair in found for side in pair]))
+        hashes, begins = _sets([*earlier, *parts], corpus, wanted, n, pool)
+        links, label = [(texts[:0], texts[:0])], texts
+        for a, b in found:  # a pair of one component would join nothing
+            apart = label[a] != label[b]
+            a, b = a[apart], b[apart]
+            linked = kernels.jaccards(hashes, begins, a, b) >= threshold
+            links.append((a[linked], b[linked]))
+            label = _components(len(texts), links)
+    rank = np.argsort(by_rank)
+    members = np.flatnonzero(np.bincount(label, minlength=1)[label] > 1)
+    members = members[np.lexsort((rank[members], label[members]))]
+    ends = np.flatnonzero(np.diff(label[members], prepend=-1, append=-1))
+    place, score = kernels.settle(members, ends, fixed, corpus.sketches, hashes, begins, floor, threshold)
+    stays, jaccard = texts.copy(), np.ones(len(texts))
+    stays[members], jaccard[members] = np.where(place < 0, members, place), score
+    kept = best[stays[corpus.text_of]]
+    removed = np.flatnonzero(~old & (kept != np.arange(len(kept))))
+    near, kept = stays[corpus.text_of[removed]] != corpus.text_of[removed], kept[removed]
+    kind = np.where(old[kept], "earlier", np.where(near, "near", "exact"))
+    columns = [names.take(removed), names.take(kept), jaccard[corpus.text_of[removed]], pa.array(kind, pa.string())]
+    return pa.table(columns, schema=DUPLICATES).sort_by("removed")
