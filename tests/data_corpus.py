@@ -1,12 +1,16 @@
 """A small corpus on disk, built once for every test of the data room."""
 
+import hashlib
 import tempfile
+import time
 from functools import lru_cache
 from pathlib import Path
 
-from stackpkg import params, runs
-from stackpkg.data import labelled, longrange, provenance, shards
-from stackpkg.data.provenance import Record
+import pyarrow as pa
+
+from stackpkg import params
+from stackpkg.data import engine, labelled, longrange, preferences, provenance, records, shards, tokenizer
+from stackpkg.data.corpus import Corpus
 
 WORDS = ["alpha", "beta", "gamma", "delta", "order", "token", "shard", "stream", "window", "record", "licence", "mask"]
 
@@ -23,15 +27,30 @@ def module(seed: int) -> str:
     )
 
 
-def records() -> list[Record]:
-    made = [Record(f"folder:t/code{k}.py", "code", "MIT", 1_700_000_000, module(k)) for k in range(30)]
-    made += [Record(f"folder:t/doc{k}.md", "docs", "MIT", 1_700_000_000, sentence(k, 40 + 9 * k)) for k in range(40)]
-    return provenance.assess(made, ["folder:t/"], 10**9)
+def documents() -> list[dict[str, object]]:
+    made = [(f"folder:t/code{k}.py", "code", module(k)) for k in range(30)]
+    made += [(f"folder:t/doc{k}.md", "docs", sentence(k, 10 + 3 * k)) for k in range(40)]
+    return [
+        {
+            "record_id": hashlib.sha256(source.encode()).hexdigest()[:16], "source": source, "domain": domain,
+            "text": text, "licence": "MIT", "timestamp": int(time.time()) - 1000,
+            "content_hash": hashlib.sha256(text.encode()).hexdigest(),
+        }
+        for source, domain, text in made
+    ]  # fmt: skip
 
 
 def profile(**changes: object) -> params.Params:
     base = {
-        "data": {"vocab_size": 400, "shard_tokens": 3000, "validation_share": 0.1, "temperature": 0.5},
+        "data": {
+            "vocab_size": 400,
+            "shard_tokens": 3000,
+            "validation_share": 0.1,
+            "temperature": 0.5,
+            "longest_document": 128,
+            "max_epochs": 100,
+            "workers": 1,
+        },
         "curriculum": [
             {"steps": 9, "context": 64, "long_range": 0.25},
             {"steps": 11, "context": 128, "long_range": 0.1},
@@ -43,6 +62,7 @@ def profile(**changes: object) -> params.Params:
             "long_range_tasks": 24,
             "hard_negatives": 2,
         },
+        "training": {"batch_tokens": 1024},
         "model": {"config": {"sliding_window": 16}},
         "evaluation": {"pairs": 8},
     }
@@ -52,12 +72,19 @@ def profile(**changes: object) -> params.Params:
 @lru_cache(maxsize=1)
 def corpus() -> Path:
     """The `data/` folder of a run, complete; tests copy it before they change it."""
-    folder, p, made = Path(tempfile.mkdtemp(prefix="stackpkg-test-")) / "data", profile(), records()
-    model = shards.train_tokenizer((record.text for record in made), p.data.vocab_size)
-    stamp = {shards.STAMP: shards.build(folder, made, model, p.data)[shards.STAMP]}
-    held = {name for name, split in shards.split_of(made, 0.1).items() if split == "validation"}
-    pairs = labelled.encode(labelled.mine(made, held, p.auxiliary, 8), model, p.auxiliary)
-    provenance.write(folder / "pairs.parquet", pairs, **stamp)
+    folder, p, made = Path(tempfile.mkdtemp(prefix="stackpkg-test-")) / "data", profile(), records.table(documents())
+    part = engine.write(folder / "parts/00000.parquet", made.append_column("language", pa.repeat("en", len(made))))
+    keep = pa.table({"record_id": made["record_id"], "trust": pa.repeat(0.9, len(made))})
+    model = tokenizer.train_tokenizer(made["text"].to_pylist(), p.data.vocab_size)
+    manifest = shards.build(folder, shards.partition([part], keep, folder, p.data), model, p.data)
+    stamp = {tokenizer.STAMP: manifest[tokenizer.STAMP]}
+    found = Corpus(folder)
+    held = {str(record) for record in found.records[found.split == "validation"]}
+    pairs = labelled.mine(made, held, p.auxiliary, 8)
+    provenance.write(folder / "pairs.parquet", labelled.encode(pairs, model, p.auxiliary), **stamp)
+    sizes = p.auxiliary.query_tokens, p.auxiliary.document_tokens
+    chosen = preferences.encode(labelled.load(p.auxiliary, pairs).preferences, model, *sizes)
+    provenance.write(folder / "preferences.parquet", chosen, **stamp)
     provenance.write(folder / "long_range.parquet", longrange.generate(p), **stamp)
-    assert runs.read_json(folder / "manifest.json")["dtype"] == "uint16"
+    assert manifest["dtype"] == "uint16"
     return folder

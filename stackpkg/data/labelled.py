@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from stackpkg import runs
-from stackpkg.data import mixing, preferences, problems, retrieval_sets, shards
+from stackpkg.data import mixing, preferences, problems, retrieval_sets, tokenizer
 from stackpkg.data.retrieval_sets import Pair
 from stackpkg.params import Auxiliary
 
@@ -137,7 +137,7 @@ def encode(pairs: Iterable[Pair], model: Tokenizer, sizes: Auxiliary) -> list[Pa
     """The pairs with query_ids, positive_ids and negative_ids, cut to `query_tokens` and `document_tokens`."""
     made = []
     for pair in pairs:
-        query, *documents = shards.encode(model, [pair["query"], pair["positive"], *pair["negatives"]])
+        query, *documents = tokenizer.encode(model, [pair["query"], pair["positive"], *pair["negatives"]])
         positive, *negatives = [ids[: sizes.document_tokens] for ids in documents]
         ids = {"query_ids": query[: sizes.query_tokens], "positive_ids": positive, "negative_ids": negatives}
         made.append(pair | ids)

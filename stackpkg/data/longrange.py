@@ -7,11 +7,12 @@ import numpy as np
 from scipy.special import chdtrc
 
 from stackpkg.data import mixing
-from stackpkg.data.shards import KEY, QUERY, SPECIALS, VALUE
+from stackpkg.data.tokenizer import SPECIALS
 from stackpkg.params import Params
 
 KEYS = range(len(SPECIALS), len(SPECIALS) + 64)  # token ids: single bytes, which every vocabulary here has
 VALUES = range(KEYS.stop, KEYS.stop + 32)
+MARKS = ("<query>", "<key>", "<value>")
 PIECE = 4  # tokens: <key> k <value> v, or <query> k <value> v
 
 
@@ -43,8 +44,12 @@ def generate(p: Params) -> list[dict[str, Any]]:
     return tasks
 
 
-def row(task: Mapping[str, Any], filler: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int64[L], answers bool[L]): pairs scattered in `filler` [L], over `window` tokens of it, questions."""
+def row(task: Mapping[str, Any], filler: np.ndarray, specials: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int64[L], answers bool[L]): pairs scattered in `filler` [L], over `window` tokens of it, questions.
+
+    `specials` are the tokenizer's, of the manifest.
+    """
+    query, named, said = (specials[token] for token in MARKS)
     count, ids, answers = len(task["keys"]), filler.astype(np.int64), np.zeros(len(filler), bool)
     slots = (len(ids) - PIECE * count - task["window"]) // PIECE
     if slots < count:
@@ -53,23 +58,25 @@ def row(task: Mapping[str, Any], filler: np.ndarray) -> tuple[np.ndarray, np.nda
         )
     places = PIECE * mixing.permutation(slots, task["task_id"], "slots")[:count]
     for place, key, value in zip(places, task["keys"], task["values"], strict=True):
-        ids[place : place + PIECE] = KEY, key, VALUE, value
-    ids[-PIECE * count :] = np.ravel([(QUERY, task["keys"][k], VALUE, task["values"][k]) for k in task["asked"]])
+        ids[place : place + PIECE] = named, key, said, value
+    ids[-PIECE * count :] = np.ravel([(query, task["keys"][k], said, task["values"][k]) for k in task["asked"]])
     answers[-PIECE * count :] = np.tile([False, False, False, True], count)
     return ids, answers
 
 
-def distances(ids: np.ndarray, answers: np.ndarray) -> np.ndarray:
+def distances(ids: np.ndarray, answers: np.ndarray, specials: Mapping[str, int]) -> np.ndarray:
     """int64[answers], tokens from the nearest evidence of each answer to the token that predicts it, in rows [n, L]."""
     found = []
     for r, place in np.argwhere(answers).tolist():
         seen = np.lib.stride_tricks.sliding_window_view(ids[r, : place - 3], PIECE)
-        match = (seen[:, 0] == KEY) & (seen[:, 1] == ids[r, place - 2]) & (seen[:, 2] == VALUE)
+        match = (
+            (seen[:, 0] == specials["<key>"]) & (seen[:, 1] == ids[r, place - 2]) & (seen[:, 2] == specials["<value>"])
+        )
         found.append(place - PIECE - int(np.flatnonzero(match)[-1]))
     return np.array(found)
 
 
-def certificate(ids: np.ndarray, answers: np.ndarray, window: int) -> dict[str, float]:
+def certificate(ids: np.ndarray, answers: np.ndarray, window: int, specials: Mapping[str, int]) -> dict[str, float]:
     """Read rows [n, L] as a sceptic: how far is the evidence of each answer, and what can be guessed without it?
 
     `share_beyond`: answers whose evidence is over `window` tokens away; `uniform_p`: p-value of uniform answers;
@@ -80,5 +87,5 @@ def certificate(ids: np.ndarray, answers: np.ndarray, window: int) -> dict[str, 
     uniform = float(chdtrc(len(VALUES) - 1, ((counts - counts.mean()) ** 2 / counts.mean()).sum()))
     both = answers[:, PIECE:] & answers[:, :-PIECE]
     copied = float((ids[:, PIECE:] == ids[:, :-PIECE])[both].mean()) if both.any() else 0.0
-    far = float((distances(ids, answers) > window).mean())
+    far = float((distances(ids, answers, specials) > window).mean())
     return {"share_beyond": far, "uniform_p": uniform, "copy_accuracy": copied, "chance": 1 / len(VALUES)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from stackpkg.data import mixing, problems, shards
+from stackpkg.data import mixing, problems, tokenizer
 from stackpkg.data.problems import Problem, Wrong
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -122,10 +122,10 @@ def encode(rows: Sequence[Preference], model: Tokenizer, prompt_tokens: int, ans
 
     An answer that is whole ends with `<eos>`. Rows whose answers differ only behind the cut are left out.
     """
-    made, ids = [], iter(shards.encode(model, [row[name] for row in rows for name in TEXTS]))
+    made, ids = [], iter(tokenizer.encode(model, [row[name] for row in rows for name in TEXTS]))
     for row in rows:
         prompt, *answers = next(ids), next(ids), next(ids)
-        chosen, rejected = ([*answer, shards.EOS][:answer_tokens] for answer in answers)
+        chosen, rejected = ([*answer, tokenizer.specials(model)["<eos>"]][:answer_tokens] for answer in answers)
         if chosen != rejected:
             made.append(row | {"prompt_ids": prompt[-prompt_tokens:], "chosen_ids": chosen, "rejected_ids": rejected})
     return made

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import Field
 
 from stackpkg import runs
+from stackpkg.data import manifest
 from stackpkg.params import Data, Section
 
 # What metadata writes in many ways -> SPDX identifier; the first match wins.
@@ -167,7 +168,7 @@ def withdrawals_due(folder: Path, data: Data, by: int) -> dict[str, str]:
     """record_id -> why, of the records that may not be used at some moment up to `by` (unix seconds): withdrawn, as
     `folder/withdrawn.jsonl` says, or past their time-to-live. `folder` is a run's `data/`."""
     due = {name: "withdrawn" for name, date in withdrawals(folder / "withdrawn.jsonl").items() if date <= by}
-    for path in sorted((folder / "records").glob("*.parquet")):
+    for path in manifest.records(folder):
         part = pq.read_table(path, columns=["record_id", "timestamp", "ttl_seconds"])
         late = part["record_id"].filter(pc.less_equal(expiry(part, data), by))
         due |= dict.fromkeys(late.to_pylist(), "expired")

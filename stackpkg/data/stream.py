@@ -34,7 +34,8 @@ class Stream:
         self._places = np.arange(self.longest)
         tasks = self._set(folder / "long_range.parquet", any(stage.long_range for stage in p.curriculum))
         pairs = self._set(folder / "pairs.parquet", any(stage.retrieval for stage in p.curriculum))
-        answers = self._set(folder / "preferences.parquet", any(stage.preferences for stage in p.curriculum))["train"]
+        wanted = any(stage.preferences for stage in p.curriculum)
+        answers = self._set(folder / "preferences.parquet", wanted)["train"] if wanted else []
         self.tasks, self.pairs = tasks, {split: self._padded(rows) for split, rows in pairs.items()}
         self.origins = {"pairs": [row["record_id"] for row in pairs["train"]]}
         self.labelled = {"pairs": self.pairs["train"]}
@@ -103,7 +104,7 @@ class Stream:
         """Long-range row `ordinal` of a split into row k: one document, over running text of the same split."""
         ids, text = made["input_ids"][k], "validation" if split == "held_out" else "train"
         self._fill(made, k, self.schedule.filler(text, ordinal, len(ids)), i)
-        ids[:], made["answer_mask"][k] = longrange.row(self.task(split, ordinal), ids)
+        ids[:], made["answer_mask"][k] = longrange.row(self.task(split, ordinal), ids, self.corpus.manifest["specials"])
         made["position_ids"][k] = self._places[: len(ids)]
 
     def _learnt(self, made: Batch) -> Batch:
@@ -147,7 +148,9 @@ class Stream:
             "pair_key": np.array([pair["pair_key"] for pair in pairs], np.int64),
             "query_ids": self._pad([pair["query_ids"] for pair in pairs], sizes.query_tokens),
             "positive_ids": self._pad([pair["positive_ids"] for pair in pairs], sizes.document_tokens),
-            "negative_ids": self._pad(hard, sizes.document_tokens).reshape(len(pairs), sizes.hard_negatives, sizes.document_tokens),
+            "negative_ids": self._pad(hard, sizes.document_tokens).reshape(
+                len(pairs), sizes.hard_negatives, sizes.document_tokens
+            ),
         }
 
     def _answers(self, rows: list[dict[str, Any]]) -> Batch:

@@ -1,0 +1,148 @@
+"""Versions of a corpus: an immutable manifest each, a head, a history; verify, roll back, quarantine, rebuild.
+
+Files are named by what is in them and never written over, so every version stays readable until `prune`d by hand. A
+version's id is the beginning of the SHA-256 of its manifest, which holds no clock: the same content has the same id.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from stackpkg import runs
+
+BLOCK = 1 << 20  # bytes that share a checksum
+Manifest = dict[str, Any]
+
+
+def name_of(digest: str) -> str:
+    """What stands in the name of a file with this SHA-256."""
+    return digest[:16]
+
+
+def blocks(path: Path) -> np.ndarray:
+    """uint64[blocks], XXH3 of each `BLOCK` bytes."""
+    with path.open("rb") as file:
+        return np.array([xxhash.xxh3_64_intdigest(part) for part in iter(lambda: file.read(BLOCK), b"")], np.uint64)
+
+
+def read(folder: Path, version: str = "") -> Manifest:
+    """The head's manifest, or that of a version, by the beginning of its id. Raises `ValueError` when there is none."""
+    if not version:
+        if not (folder / "manifest.json").exists():
+            raise ValueError("data/manifest.json is missing: run notebook 10, or let its build end")
+        return runs.read_json(folder / "manifest.json")
+    found = sorted(folder.glob(f"versions/{version}*.json"))
+    if len(found) != 1:
+        raise ValueError(f"version {version!r} is {'not there' if not found else 'ambiguous'}; there are {ids(folder)}")
+    if runs.digest(found[0])[:16] != found[0].stem:
+        raise ValueError(f"versions/{found[0].name} is corrupt: its content does not have its name's SHA-256")
+    return runs.read_json(found[0])
+
+
+def ids(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("versions/*.json"))
+
+
+def commit(folder: Path, manifest: Manifest) -> str:
+    """Write a version and make it the head; returns its id. Committing the head again changes nothing."""
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    return _move(folder, text, "commit")
+
+
+def rollback(folder: Path, version: str) -> str:
+    """Make an earlier version the head again. Raises `ValueError` naming what is missing or corrupt of it."""
+    manifest = read(folder, version)
+    if broken := verify(folder, version):
+        raise ValueError(f"version {version} is not whole: {', '.join(broken)}; rebuild these first")
+    return _move(folder, json.dumps(manifest, indent=1, sort_keys=True) + "\n", "rollback")
+
+
+def _move(folder: Path, text: str, action: str) -> str:
+    head, home = folder / "manifest.json", folder / "versions"
+    before = runs.digest(head)[:16] if head.exists() else ""
+    home.mkdir(parents=True, exist_ok=True)
+    temporary = runs.write_text(home / ".new", text)
+    version = runs.digest(temporary)[:16]
+    temporary.replace(home / f"{version}.json")
+    if version != before:
+        with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"at": runs.now(), "action": action, "version": version, "parent": before}) + "\n")
+        runs.write_text(head, text)
+    return version
+
+
+def log(folder: Path) -> list[dict[str, str]]:
+    """What was committed and rolled back to, newest first: at, action, version, parent."""
+    path = folder / "history.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in reversed(lines)]
+
+
+def files(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(name below the folder, SHA-256) of every file of a version."""
+    for entry in manifest["shards"]:
+        yield f"shards/{entry['name']}.bin", entry["sha256"]
+        yield f"shards/{entry['name']}.xxh", entry["blocks_sha256"]
+    yield from ((f"records/{entry['name']}.parquet", entry["sha256"]) for entry in manifest["records"])
+    yield f"shards/{name_of(manifest['index_sha256'])}.index.parquet", manifest["index_sha256"]
+    yield f"tokenizer/{name_of(manifest['tokenizer_sha256'])}.json", manifest["tokenizer_sha256"]
+
+
+def records(folder: Path, version: str = "") -> list[Path]:
+    """The record files of a version, in order."""
+    return [folder / f"records/{entry['name']}.parquet" for entry in read(folder, version)["records"]]
+
+
+def index(folder: Path, manifest: Manifest) -> Path:
+    return folder / f"shards/{name_of(manifest['index_sha256'])}.index.parquet"
+
+
+def tokenizer(folder: Path, manifest: Manifest) -> Path:
+    return folder / f"tokenizer/{name_of(manifest['tokenizer_sha256'])}.json"
+
+
+def verify(folder: Path, version: str = "", sample: int = 0) -> list[str]:
+    """Names of files that are missing or not the version's; empty when all is well.
+
+    Every byte of every file by SHA-256; with `sample`, of a shard its size, its checksums and that many of its blocks.
+    """
+    manifest = read(folder, version)
+    sampled = {f"shards/{entry['name']}.bin": entry for entry in manifest["shards"]} if sample else {}
+    bad = []
+    for name, sha in files(manifest):
+        path = folder / name
+        if not path.exists():
+            bad.append(name)
+        elif name in sampled:
+            bad += [name] if _spot(path, sampled[name], manifest, sample) else []
+        elif runs.digest(path) != sha:
+            bad.append(name)
+    return bad
+
+
+def _spot(path: Path, entry: dict[str, Any], manifest: Manifest, sample: int) -> bool:
+    """Whether a shard is not what it was: its size, or one of `sample` blocks that its name draws."""
+    if path.stat().st_size != entry["tokens"] * np.dtype(manifest["dtype"]).itemsize:
+        return True
+    known, drawn = sums(path), np.random.default_rng(int(entry["name"], 16)).permutation
+    with path.open("rb") as file:
+        for k in drawn(len(known))[:sample]:
+            file.seek(int(k) * BLOCK)
+            if xxhash.xxh3_64_intdigest(file.read(BLOCK)) != int(known[k]):
+                return True
+    return False
+
+
+def sums(shard: Path) -> np.ndarray:
+    """uint64[blocks], the checksums that stand beside a shard."""
+    return np.fromfile(shard.with_suffix(".xxh"), np.uint64) if shard.with_suffix(".xxh").exists() else np.empty(0)
+
+
+def quarantine(folder: Path, name: str) -> Path:
+    """Rename a file of a version, such as shards/0123456789abcdef.bin, so that nothing reads it; returns its path."""
+    path = folder / name
+    return path.rename(f"{path}.quarantined-{len(list(path.parent.glob(path.name + '.quarantined-*')))}")
