@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_models import LLAMA, QWEN, STACK
 from transformers import AutoModelForCausalLM
 
 from stackpkg import params, runs
-from stackpkg.data import dedup, filters, labelled, longrange, provenance, shards, sources
+from stackpkg.data import labelled, longrange, provenance, shards, sources, tokenizer
+from stackpkg.data.corpus import Corpus
 from stackpkg.model import StackForCausalLM
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json, write_json
@@ -21,7 +24,7 @@ from stackpkg.telemetry import rows
 from stackpkg.training import launch, layout
 
 SOURCE = runs.root()  # of the text: the package itself
-STEPS, BATCH = 6, 8
+STEPS, TOKENS = 6, 1024
 NAN = {"kind": "nan_gradient", "step": 3, "rank": 0}
 KILL = {"kind": "kill", "step": 5, "rank": 1, "attempt": 1}
 
@@ -35,15 +38,18 @@ def profile(processes: int, accumulation: int = 1, **model: Any) -> Params:
             "vocab_size": 512,
             "shard_tokens": 50_000,
             "validation_share": 0.1,
+            "longest_document": 128,
+            "max_epochs": 100,
+            "workers": 1,
         },
         "curriculum": [
             {"steps": 4, "context": 64, "long_range": 0.25},
-            {"steps": 2, "context": 96, "long_range": 0.25, "retrieval": False},
+            {"steps": 2, "context": 128, "long_range": 0.25, "retrieval": 0.0},
         ],
         "auxiliary": {"pairs": 80, "query_tokens": 8, "document_tokens": 16, "long_range_tasks": 32},
         "model": model or {"config": STACK | {"hidden_size": 32}},
         "optimization": {"learning_rate": 3e-3, "warmup_steps": 1, "floor": 3e-4, "ema_decay": 0.9},
-        "training": {"batch_rows": BATCH, "accumulation": accumulation, "epoch_steps": 3, "checkpoint_steps": 2},
+        "training": {"batch_tokens": TOKENS, "accumulation": accumulation, "epoch_steps": 3, "checkpoint_steps": 2},
         "layout": {"processes": processes, "fsdp": processes, "restarts": 1, "timeout_minutes": 4},
         "evaluation": {"rows": 2, "pairs": 8},
     }
@@ -58,12 +64,14 @@ def lab(repository: Path) -> RunFolder:
     p, audit = profile(1), []
     folder = RunFolder("lab")
     data = folder.path / "data"
-    found = filters.apply(sources.read(p.data.sources, audit), p.data, audit)
-    kept, _ = dedup.deduplicate(found, p.data.shingle_words, p.data.jaccard)
-    tokenizer = shards.train_tokenizer((record.text for record in kept), p.data.vocab_size)
-    stamp = {shards.STAMP: shards.build(data, kept, tokenizer, p.data)[shards.STAMP]}
-    held = {name for name, split in shards.split_of(kept, p.data.validation_share).items() if split == "validation"}
-    pairs = labelled.encode(labelled.mine(kept, held, p.auxiliary, p.evaluation.pairs), tokenizer, p.auxiliary)
+    (part,) = sources.write_parts(p.data.sources, data / "parts", p.data.part_mb, audit)
+    found = pq.read_table(part)
+    keep = pa.table({"record_id": found["record_id"], "trust": pa.repeat(1.0, len(found))})
+    model = tokenizer.train_tokenizer(found["text"].to_pylist(), p.data.vocab_size)
+    manifest = shards.build(data, shards.partition([part], keep, data, p.data), model, p.data)
+    stamp, corpus = {tokenizer.STAMP: manifest[tokenizer.STAMP]}, Corpus(data)
+    held = {str(record) for record in corpus.records[corpus.split == "validation"]}
+    pairs = labelled.encode(labelled.mine(found, held, p.auxiliary, p.evaluation.pairs), model, p.auxiliary)
     provenance.write(data / "pairs.parquet", pairs, **stamp)
     provenance.write(data / "long_range.parquet", longrange.generate(p), **stamp)
     return folder
@@ -159,7 +167,7 @@ def test_accumulation_changes_nothing_but_the_negatives(lab: RunFolder, alone) -
 
 def test_rows_tell_of_both_stages_and_of_time(lab: RunFolder, spread) -> None:
     table = history(lab, "two_twice")
-    assert table.context.tolist() == [64] * 4 + [96] * 2 and table.cursor.tolist() == [8, 16, 24, 32, 40, 48]
+    assert table.context.tolist() == [64] * 4 + [128] * 2 and table.cursor.tolist() == [1, 2, 3, 4, 5, 6]
     assert table.loss_contrastive.notna().tolist() == [True] * 4 + [False] * 2  # no retrieval in the second stage
     assert table.precision_at_k.notna().tolist() == [False, False, True] * 2
     assert (table[["step_seconds", "tokens_per_second", "memory_mb"]] > 0).all(axis=None)
