@@ -238,6 +238,8 @@ def test_a_record_lives_to_the_second_before_its_end_and_clocks_may_differ_by_a_
     assert len(kept(score(row(timestamp=NOW - 99, ttl_seconds=100)))[0]) == 1
     found = of(score(row(timestamp=NOW + DAY)))
     assert found["state"] == "sound" and found["halvings"] == 0
+    ancient = of(score(row(timestamp=-(2**63))))  # as old as 1970, not wrapped into the future
+    assert ancient["state"] == "sound" and 0 < ancient["trust"] < 0.01 and ancient["seconds_left"] < 0
 
 
 def test_unsigned_records_pass_only_where_the_profile_accepts_them(score, signing):
