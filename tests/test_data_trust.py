@@ -106,12 +106,12 @@ def test_trust_is_in_range_and_monotone_in_each_signal(rows, halvings):
     assert trust.combine(older) == pytest.approx(before / 2, abs=1e-4)
 
 
-@given(st.integers(1, 10**9), st.floats(0, 5))
+@given(st.integers(1, NOW // 5), st.floats(0, 5))
 @settings(max_examples=25)
 def test_trust_halves_with_each_half_life(score, half_life, lives):
     data, age = Data(trust_half_life=half_life), round(half_life * lives)
     fresh, old = (of(score(row(timestamp=NOW - seconds), data=data))["trust"] for seconds in (0, age))
-    assert old == pytest.approx(fresh * 0.5 ** (age / half_life), abs=1e-4)
+    assert old == pytest.approx(fresh * 0.5 ** (age / half_life), abs=1.01e-4)  # both are rounded
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,8 @@ def test_a_record_lives_to_the_second_before_its_end_and_clocks_may_differ_by_a_
     assert len(kept(score(row(timestamp=NOW - 99, ttl_seconds=100)))[0]) == 1
     found = of(score(row(timestamp=NOW + DAY)))
     assert found["state"] == "sound" and found["halvings"] == 0
+    ancient = of(score(row(timestamp=-(2**63))))  # as old as 1970, not wrapped into the future
+    assert ancient["state"] == "sound" and 0 < ancient["trust"] < 0.01 and ancient["seconds_left"] < 0
 
 
 def test_unsigned_records_pass_only_where_the_profile_accepts_them(score, signing):
