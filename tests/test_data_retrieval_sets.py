@@ -238,3 +238,21 @@ def test_no_mined_negative_breaks_a_rule_and_order_is_no_matter(words, n, random
         shuffled, dict(random.sample(list(documents.items()), len(documents))), n, 0.9
     )
     assert sorted(again, key=lambda made: made["k"]) == mined
+
+
+def test_the_seed_decides_between_equals():
+    pairs, pool = [pair(0, "alpha", "alpha beta")], {f"nothing {word}": "train" for word in "cdefghijkl"}
+    drawn = [retrieval_sets.mine_negatives(pairs, pool, 2, 0.9, seed)[0]["negatives"] for seed in range(9)]
+    assert len({tuple(texts) for texts in drawn}) > 3
+    assert drawn[4] == retrieval_sets.mine_negatives(pairs, pool, 2, 0.9, 4)[0]["negatives"]
+
+
+def test_texts_without_a_word_are_told_apart():
+    assert retrieval_sets.similar("+", "+") and not retrieval_sets.similar("+", "-")
+
+
+def test_documents_nobody_judged_are_dealt_as_the_pairs_are(tmp_path):
+    more = [{"_id": f"x{k}", "text": f"unjudged {k}"} for k in range(900)]
+    found = retrieval_sets.read(beir(tmp_path / "set", corpus=more))
+    held = sum(found.documents[row["text"]] == "held_out" for row in more)
+    assert 543 <= held <= 657  # two of three pairs: 600, and four standard deviations

@@ -48,7 +48,7 @@ def shares(
     # p_d = tokens_d^T / sum_j tokens_j^T        (Devlin et al. 2018, multilingual BERT)
     weights = {domain: float(count) ** temperature for domain, count in sorted(tokens.items())}
     made, capped = {domain: weight / sum(weights.values()) for domain, weight in weights.items()}, set[str]()
-    while over := {domain for domain, share in made.items() if share > limits[domain]} - capped:
+    while over := {domain for domain, share in made.items() if share > limits[domain]}:
         capped |= over
         # p_d = min(limit_d, c w_d), with the c at which they sum to 1
         free = sum(weight for domain, weight in weights.items() if domain not in capped)
