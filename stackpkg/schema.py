@@ -32,7 +32,12 @@ class Source(Section):
 
 
 Family = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb", "perplexity"]
-PROSE: list[Family] = ["gopher_quality", "gopher_repetition", "c4", "fineweb", "perplexity"]
+FAMILIES: dict[str, list[Family]] = {
+    "code": [],
+    "licences": [],
+    "documentation": ["gopher_repetition"],
+    "*": ["gopher_quality", "gopher_repetition", "c4", "fineweb", "perplexity"],
+}
 
 
 class Data(Section):
@@ -44,7 +49,7 @@ class Data(Section):
     workers: int = Field(2, ge=1, le=65_536, description="worker processes of the engine")
     # --- filters
     filters: dict[str, list[Family]] = Field(
-        default_factory=lambda: {"code": [], "licences": [], "documentation": ["gopher_repetition"], "*": PROSE},
+        default_factory=lambda: dict(FAMILIES),
         description="families of published heuristics for each domain; `*`: for every domain not named",
     )
     thresholds: dict[str, float] = Field(

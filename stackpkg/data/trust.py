@@ -176,3 +176,12 @@ def learn(history: History, audit: pa.Table) -> History:
         fade = min(1.0, MEMORY / (kept + dropped))
         made[name] = round(kept * fade), round(dropped * fade)
     return made
+
+
+def admit(part: pa.Table, verdicts: Path) -> pa.Table:
+    """A stage: `kept` is false where the policy said no; `verdicts` has record_id and admitted."""
+    said = pq.read_table(verdicts, columns=["record_id", "admitted"], filters=[("admitted", "=", True)])
+    kept = pc.is_in(part["record_id"], value_set=said["record_id"].combine_chunks())
+    if "kept" in part.column_names:
+        kept, part = pc.and_(kept, part["kept"]), part.drop_columns("kept")
+    return part.append_column("kept", kept)
