@@ -1,4 +1,4 @@
-"""What curation costs, stage by stage, and what a run of a trillion tokens would: a linear model fitted to measurements.
+"""What curation costs, stage by stage, and what a trillion tokens would: a linear model fitted to measurements.
 
     python benchmarks/curation.py [--sizes 4 8 16 32] [--nodes 64] [--cores 64] [--json FILE]
 
@@ -176,7 +176,7 @@ def main() -> None:
 
 
 def predict(rows: list[dict[str, Any]], models: dict[str, Any], mean: float, nodes: int, cores: int) -> list[Any]:
-    """A run of TOKENS: the measured bytes a token and bytes a document, on `nodes` machines of `cores` like this one."""
+    """A run of TOKENS at the measured bytes a token and a document, on `nodes` machines of `cores` like this one."""
     value = {(row["system"], row["metric"]): row["value"] for row in rows}
     size = TOKENS * value["tokenise", "bytes_per_token"] / 1e6
     made = [report.row(PREDICTED, "text", size / 1e6, "TB"), report.row(PREDICTED, "documents", 1e6 * size / mean, "1")]

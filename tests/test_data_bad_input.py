@@ -16,6 +16,11 @@ from stackpkg.params import Source
 
 GOOD = [{"text": "the first neighbour"}, {"text": "the second neighbour"}]
 LONG = f"longer than {items.LARGEST} bytes"
+RANGE = ": give a finite number from 0 to 7.25812e+09"
+TOO_LARGE = "int too large to convert to float"
+REPEATS = "a record of this source came before: ids repeat"
+TORN = "Invalid or truncated PLAIN-encoded BYTE_ARRAY data"
+SMALL = "Parquet file size is 5 bytes, smaller than the minimum file footer"
 NO_TIME = "timestamp is after the year 2200: "
 
 
@@ -42,7 +47,7 @@ ROWS = {
     "no JSON": (b"hello", "not JSON: Expecting value"),
     "a list": (b'["text"]', "a row is list, not an object"),
     "nested too deeply": (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
-    "a number of too many digits": (b'{"text": "x", "timestamp": ' + b"9" * 400 + b"}", "int too large to convert to float"),
+    "a number of too many digits": (b'{"text": "x", "timestamp": ' + b"9" * 400 + b"}", TOO_LARGE),
     "a huge line": (b'{"text": "' + b"x" * 3 * items.LARGEST + b'"}', LONG),
     "a raw NUL": (b'{"text": "a\x00b"}', "holds a NUL byte: not text"),
     "an escaped NUL": (b'{"text": "a\\u0000b"}', "holds a NUL byte: not text"),
@@ -54,12 +59,11 @@ ROWS = {
     "text is a list": (b'{"text": ["a"]}', "text is list, not text"),
     "the licence is an object": (line(licence={"spdx": "MIT"}), "licence is dict, not text"),
     "the domain is a number": (line(domain=3), "domain is int, not text"),
-    "the id is a list": (line(id=[1]), "id is list, not text or a whole number"),
-    "the id is empty": (line(id=""), "id is empty or longer than 256 characters"),
-    "the id has no end": (line(id="x" * 9000), "id is empty or longer than 256 characters"),
-    "the time is NaN": (line(timestamp=float("nan")), "timestamp is nan: give a finite number from 0 to 7.25812e+09"),
-    "the time is infinite": (line(timestamp=float("inf")), "timestamp is inf: give a finite number from 0 to 7.25812e+09"),
-    "the time is negative": (line(timestamp=-5), "timestamp is -5: give a finite number from 0 to 7.25812e+09"),
+    "the id is a list": (line(id=[1]), "id is list, not text"),
+    "the id has no end": (line(id="x" * 9000), "id is longer than 256 characters"),
+    "the time is NaN": (line(timestamp=float("nan")), "timestamp is nan" + RANGE),
+    "the time is infinite": (line(timestamp=float("inf")), "timestamp is inf" + RANGE),
+    "the time is negative": (line(timestamp=-5), "timestamp is -5" + RANGE),
     "the time is in milliseconds": (line(timestamp=1_700_000_000_000), NO_TIME + "milliseconds? give seconds"),
     "the time is in nanoseconds": (line(timestamp=1_700_000_000_000_000_000), NO_TIME + "nanoseconds? give seconds"),
     "the time is no time": (line(timestamp="soon"), "Invalid isoformat string: 'soon'"),
@@ -68,7 +72,7 @@ ROWS = {
     "a score of NaN": (line(score=float("nan")), "score is nan: give a finite number"),
     "a negative trust": (line(trust=-0.5), "trust is -0.5: give a finite number from 0 to 1"),
     "a language score above one": (line(language_score=7), "language_score is 7: give a finite number from 0 to 1"),
-    "an id that repeats": (b'{"text": "x", "id": 0}\n{"text": "y", "id": "0"}', "a record of this source came before: ids repeat"),
+    "an id that repeats": (b'{"text": "x", "id": 0}\n{"text": "y", "id": "0"}', REPEATS),
 }  # fmt: skip
 
 
@@ -151,7 +155,7 @@ BYTES = {
     "a Parquet file with a broken page": (
         "parquet",
         cut,
-        "after {n} rows: Invalid or truncated PLAIN-encoded BYTE_ARRAY data",
+        "after {n} rows: " + TORN,
         2,
     ),
     "no text column": ("parquet", lambda p: parquet(p, body=["a"]), "no column 'text' among body: set text_field", 0),
@@ -225,7 +229,7 @@ FILES = {
     "a huge file": (lambda f: (f / "bad.md").write_bytes(b"a" * (items.LARGEST + 1)), LONG),
     "a time before 1970": (
         lambda f: ((f / "bad.md").write_text("x"), os.utime(f / "bad.md", (-9e8, -9e8))),
-        "timestamp is -9e+08: give a finite number from 0 to 7.25812e+09",
+        "timestamp is -9e+08" + RANGE,
     ),
     "a name that is not UTF-8": (
         lambda f: Path(os.fsdecode(os.fsencode(f) + b"/caf\xe9.md")).write_text("x"),
@@ -309,7 +313,7 @@ def test_a_hub_that_fails_in_the_middle_is_set_aside(tmp_path, monkeypatch):
         raise datasets.exceptions.DatasetGenerationError("the connection was lost")
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
-    monkeypatch.setattr("stackpkg.data.rows._published", lambda *_: 7)
+    monkeypatch.setattr("stackpkg.data.rows._changed", lambda *_: 7)
     texts, reasons = audited(Source(kind="datasets", path="someone/something"), tmp_path)
     assert (texts, reasons) == ([GOOD[0]["text"]], ["after 1 rows: datasets: the connection was lost"])
 

@@ -1,6 +1,8 @@
 import gzip
 import hashlib
+import itertools
 import json
+import tracemalloc
 from collections import Counter
 
 import pyarrow as pa
@@ -160,7 +162,7 @@ def test_parts_hold_every_record_once_in_order_within_their_size(tmp_path):
     assert all(table.schema.equals(records.SCHEMA) for table in tables)
     assert [text for table in tables for text in table["text"].to_pylist()] == texts
     sizes = [sum(map(len, table["text"].to_pylist())) for table in tables]
-    assert max(sizes) <= 10_000 and all(a + b > 10_000 for a, b in zip(sizes, sizes[1:], strict=False))
+    assert max(sizes) <= 10_000 and all(a + b > 10_000 for a, b in itertools.pairwise(sizes))
 
 
 def test_the_same_input_gives_the_same_bytes_and_removes_what_an_earlier_one_left(tmp_path):
@@ -189,7 +191,7 @@ def test_ids_that_repeat_across_parts_and_sources_are_set_aside(tmp_path):
 
 def test_when_nothing_can_be_read_the_reasons_are_said(tmp_path):
     with pytest.raises(
-        ValueError, match=r"nothing could be read from \['jsonl:rows.jsonl'\]: .*no column 'text' \(3\)"
+        ValueError, match=r"nothing could be read from \['jsonl:rows.jsonl#'\]: .*no column 'text' \(3\)"
     ):
         parts(tmp_path, jsonl(tmp_path / "rows.jsonl", [{"body": "x"}] * 3))
 
@@ -202,11 +204,9 @@ def test_a_path_that_is_not_there_is_said(kind):
 
 def test_memory_is_bounded_by_a_part(tmp_path):
     """Reading twenty-four megabytes in parts of one allocates no more than a few megabytes at once."""
-    import tracemalloc
-
     source = jsonl(tmp_path / "rows.jsonl", ({"text": f"{k} " * 5000} for k in range(1000)))
     tracemalloc.start()
     made = sources.write_parts([source], tmp_path / "parts", 1.0, [])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(made) > 20 and peak < 12e6, peak
+    assert len(made) > 15 and peak < 12e6, peak

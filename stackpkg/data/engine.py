@@ -136,3 +136,6 @@ def _ray(jobs: Sequence[Job], workers: int) -> Iterator[None]:
         raise RuntimeError(str(error.cause)) from error
     except ray.exceptions.RayError as error:
         raise _killed(jobs) from error
+    finally:
+        if running:
+            ray.wait(running, num_returns=len(running))  # no task writes after the run has ended

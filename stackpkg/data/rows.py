@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import HfApi
 
 from stackpkg.data.items import COLUMNS, LARGEST, UNREADABLE, Item, below, reason, string
 from stackpkg.params import Source
@@ -30,64 +31,46 @@ def items(source: Source, path: Path, prefix: str) -> Iterator[Item]:
     breaks ends with an item that says why.
     """
     if source.kind == "datasets":
-        yield from _items(source, prefix, _hub(source, path), partial(_published, source.path, path))
+        yield from _items(source, prefix, _hub(source, path), 0)
         return
+    read = {"jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}[source.kind]
     for name, file in below(path):
         label = f"{prefix}{name}#" if name else prefix
         if isinstance(file, Path) and name and not name.lower().endswith(ENDINGS[source.kind]):
             file = ValueError(f"its name ends in none of {', '.join(ENDINGS[source.kind])}")
         if isinstance(file, Exception):
             yield Item(label.rstrip("#"), file)
-            continue
-        read = {"jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}[source.kind]
-        yield from _items(source, label, read(file, source.text_field), partial(_modified, file))
+        else:
+            yield from _items(source, label, read(file, source.text_field), file.stat().st_mtime)
 
 
-def _modified(file: Path) -> float:
-    return file.stat().st_mtime
-
-
-@cache
-def _published(name: str, path: Path) -> Any:
-    """When a datasets id last changed: on the hub, or on disk. Only asked for rows that state no time."""
-    from huggingface_hub import HfApi
-
-    return path.stat().st_mtime if path.exists() else HfApi().dataset_info(name).last_modified
-
-
-def _items(source: Source, label: str, rows: Iterator[Row], stamp: Callable[[], Any]) -> Iterator[Item]:
+def _items(source: Source, label: str, rows: Iterator[Row], stamp: float) -> Iterator[Item]:
     count = 0
     try:
         for row in rows:
-            yield _item(source, label, count, row, stamp)
+            try:
+                yield _item(source, label, count, row, stamp)
+            except UNREADABLE as error:
+                yield Item(f"{label}{count}", error)
             count += 1
         if not count:
             raise ValueError("holds no rows")
     except UNREADABLE as error:
-        why = ValueError(f"after {count} rows: {reason(error)}") if count else error
-        yield Item(label.rstrip("#"), why)
+        yield Item(label.rstrip("#"), ValueError(f"after {count} rows: {reason(error)}") if count else error)
 
 
-def _item(source: Source, label: str, count: int, row: Row, stamp: Callable[[], Any]) -> Item:
-    name = f"{label}{count}"
-    try:
-        if isinstance(row, Exception):
-            raise row
-        if source.text_field not in row:
-            raise ValueError(f"no column {source.text_field!r}")
-        stated = {key: row[key] for key in COLUMNS if row.get(key) is not None}
-        if isinstance(own := stated.get("id"), (str, bytes, int)):
-            own = string("id", own if isinstance(own, (str, bytes)) else str(own))
-            if not 0 < len(own) <= LONGEST_ID:
-                raise ValueError(f"id is empty or longer than {LONGEST_ID} characters")
-            name = f"{label}id={own}"
-        elif own is not None:
-            raise ValueError(f"id is {type(own).__name__}, not text or a whole number")
-        stated |= {"licence": source.licence or stated.get("licence"), "timestamp": stated.get("timestamp") or stamp()}
-        domain = source.domain or string("domain", stated.get("domain")) or "text"
-        return Item(name, row[source.text_field], domain, stated)
-    except UNREADABLE as error:
-        return Item(name, error)
+def _item(source: Source, label: str, count: int, row: Row, stamp: float) -> Item:
+    if isinstance(row, Exception):
+        raise row
+    if source.text_field not in row:
+        raise ValueError(f"no column {source.text_field!r}")
+    stated = {key: row[key] for key in COLUMNS if row.get(key) is not None}
+    own = str(stated["id"]) if type(stated.get("id")) is int else string("id", stated.get("id"))
+    if len(own) > LONGEST_ID:
+        raise ValueError(f"id is longer than {LONGEST_ID} characters")
+    stated |= {"licence": source.licence or stated.get("licence"), "timestamp": stated.get("timestamp") or stamp}
+    domain = source.domain or string("domain", stated.get("domain")) or "text"
+    return Item(f"{label}id={own}" if own else f"{label}{count}", row[source.text_field], domain, stated)
 
 
 def _opened(raw: BinaryIO) -> Callable[[], bytes]:
@@ -178,10 +161,16 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
 
 
 def _hub(source: Source, path: Path) -> Iterator[Row]:
+    """Rows of a datasets id; those that state no time have that of the last change, on the hub or on disk."""
     import datasets  # a second to import, and only this kind of source needs it
 
     try:
-        place = str(path) if path.exists() else source.path
-        yield from datasets.load_dataset(place, split=source.split, streaming=True)
+        place, changed = str(path) if path.exists() else source.path, cache(partial(_changed, source.path, path))
+        for row in datasets.load_dataset(place, split=source.split, streaming=True):
+            yield row | {"timestamp": row.get("timestamp") or changed()}
     except Exception as error:  # its own, the hub's and those of every format it reads
         raise ValueError(f"datasets: {reason(error)}") from error
+
+
+def _changed(name: str, path: Path) -> Any:
+    return path.stat().st_mtime if path.exists() else HfApi().dataset_info(name).last_modified

@@ -32,7 +32,7 @@ def write_parts(sources: Sequence[Source], folder: Path, part_mb: float, audit: 
             made.append(engine.write(folder / f"{len(made):05d}.parquet", kept))
     if not made:
         said = "; ".join(f"{why} ({n})" for why, n in Counter(row["filter"] for row in audit[before:]).most_common(3))
-        raise ValueError(f"nothing could be read from {[describe(s) for s in sources]}: {said or 'all empty'}")
+        raise ValueError(f"nothing could be read from {[prefix(s) for s in sources]}: {said or 'all empty'}")
     engine.tidy(folder, made)
     return made
 
@@ -60,11 +60,6 @@ def prefix(source: Source) -> str:
         return "pypi:"
     name = source.path if source.kind == "datasets" and not path.exists() else path.name
     return f"{source.kind}:{name}" + ("/" if path.is_dir() and source.kind != "datasets" else "#")
-
-
-def describe(source: Source) -> str:
-    """A source in a message."""
-    return prefix(source).rstrip("#/")
 
 
 def _items(source: Source) -> Iterator[Item]:
