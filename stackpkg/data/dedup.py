@@ -80,7 +80,7 @@ def _read(sides: Sequence[Sequence[Path]], trust: Mapping[str, float], n: int, p
     tables = [ABOUT.empty_table()]
     for side, paths in enumerate(sides):
         for batch in kernels.batches(paths, "record_id", "timestamp"):
-            text, ends, new = memoryview(batch.text), batch.ends.tolist(), list[int]()
+            text, ends, new = batch.text.data, batch.ends.tolist(), list[int]()
             for row in batch.rows.tolist():
                 known = len(seen)
                 text_of.append(seen.setdefault(xxh3_128_digest(text[ends[row] : ends[row + 1]]), known))
