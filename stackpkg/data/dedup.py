@@ -148,9 +148,7 @@ def deduplicate(
         corpus = _read([earlier, parts], trust, n, pool)
         names, old = corpus.records["record_id"], corpus.records["earlier"].to_numpy().astype(bool)
         if repeated := np.count_nonzero(~old) - pc.count_distinct(names.filter(pa.array(~old))).as_py():
-            raise ValueError(
-                f"{repeated} record_id of the parts are not their first: give every record a source of its own"
-            )
+            raise ValueError(f"{repeated} records have the record_id of another: give each a source of its own")
         order = ranked(corpus.records)
         texts, first = np.unique(corpus.text_of[order], return_index=True)
         best, by_rank = order[first], np.argsort(first)
