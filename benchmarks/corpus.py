@@ -12,6 +12,7 @@ import argparse
 import gzip
 import hashlib
 import random
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,24 +24,10 @@ import pyarrow.parquet as pq
 from stackpkg.data import mixing, records
 
 ROOTS = [sysconfig.get_paths()["purelib"], "/usr/share/doc", "/usr/lib/python3"]
-SUFFIXES = {
-    ".py",
-    ".pyi",
-    ".c",
-    ".h",
-    ".hpp",
-    ".cpp",
-    ".cu",
-    ".cuh",
-    ".rs",
-    ".js",
-    ".md",
-    ".rst",
-    ".txt",
-    ".html",
-    ".htm",
-}
-NAMES = ("readme", "license", "licence", "copying", "changelog", "copyright", "news", "notice", "authors", "metadata")
+TEXT = re.compile(
+    r".*\.(pyi?|c|h|[ch]pp|cuh?|rs|js|md|rst|txt|pod|tex|html?)"
+    r"|(readme|license|licence|copying|changelog|copyright|news|notice|authors|metadata).*"
+)
 SHORTEST, PIECE = 300, 60_000  # characters; a file twice as long as a piece is cut into pieces at line ends
 EDITS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08)  # share of words that a planted copy changes
 GROUP = 1_000
@@ -52,7 +39,7 @@ def _files(roots: Sequence[str]) -> list[tuple[str, Path]]:
     for root in roots:
         for path in Path(root).rglob("*"):
             name = path.name.lower().removesuffix(".gz")
-            if (Path(name).suffix in SUFFIXES or name.startswith(NAMES)) and path.is_file() and not path.is_symlink():
+            if TEXT.fullmatch(name) and path.is_file() and not path.is_symlink():
                 found[f"{Path(root).name}/{path.relative_to(root).as_posix()}"] = path
     return sorted(found.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
 

@@ -88,7 +88,7 @@ LINES = st.lists(st.sampled_from(["a b", "A  b", " b", "", " ", "\tc\t", "ü c"]
 
 
 @given(st.lists(LINES.map("\n".join), min_size=1, max_size=5), st.integers(1, 2), st.integers(1, 3))
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_paragraphs_are_those_of_python(tmp_path_factory, texts, words, repeats):
     path = write(tmp_path_factory.mktemp("p") / "p", [(f"{k}", text) for k, text in enumerate(texts)])
     found = contamination.repeated_paragraphs([path], words, repeats, {})
@@ -164,7 +164,7 @@ def test_nothing_to_compare(tmp_path, texts):
     st.lists(st.lists(st.sampled_from("abc"), max_size=10), max_size=4),
     st.lists(st.lists(st.sampled_from("abc"), max_size=10), max_size=4),
 )
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_shared_counts_are_those_of_python_sets(tmp_path_factory, corpus, tests):
     folder, n = tmp_path_factory.mktemp("c"), 5
     path = write(folder / "p", [(f"{k}", " ".join(words)) for k, words in enumerate(corpus)])

@@ -20,6 +20,7 @@ from numba import njit
 from stackpkg.data import dedup, records, sketches
 from stackpkg.data.sketches import CACHE, FNV, GOLDEN, PRIME, ZERO, finalise
 
+BITS = np.uint64(40)
 COMMON = 10  # an n-gram of more documents than this is boilerplate (Brown et al. 2020, appendix C)
 WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")  # as the kernels part words
 PARAGRAPHS = pa.schema([("record_id", pa.string()), ("paragraph", pa.int64()), ("documents", pa.int64())])
@@ -125,40 +126,19 @@ class Grams(NamedTuple):
     long: bool
 
 
-@njit(nogil=True, cache=CACHE)
-def _known(hashes: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """bool[hashes], whether each is in the open-addressing table `slots`, a power of two of them, 0 where empty."""
-    out, mask = np.zeros(len(hashes), np.bool_), np.uint64(len(slots) - 1)
-    for k in range(len(hashes)):
-        slot = hashes[k] & mask
-        while slots[slot] != ZERO and slots[slot] != hashes[k]:
-            slot = (slot + np.uint64(1)) & mask
-        out[k] = slots[slot] == hashes[k]
-    return out
-
-
-@njit(nogil=True, cache=CACHE)
-def _slots(hashes: np.ndarray, size: int) -> np.ndarray:
-    slots, mask = np.zeros(size, np.uint64), np.uint64(size - 1)
-    for value in hashes:
-        slot = value & mask
-        while slots[slot] != ZERO:
-            slot = (slot + np.uint64(1)) & mask
-        slots[slot] = value
-    return slots
-
-
-def _grams(paths: Sequence[Path], name: str, n: int, slots: np.ndarray | None = None) -> Iterator[Grams]:
-    """The n-grams of each document; only those in `slots`, if given."""
-    ring, number = np.empty(n, np.uint64), 0
+def _grams(paths: Sequence[Path], name: str, n: int, wanted: np.ndarray | None = None) -> Iterator[Grams]:
+    """The n-grams of each document; only the wanted ones, if those are given, sorted."""
+    ring, number, start = np.empty(n, np.uint64), 0, np.zeros(1 << 24, bool)
+    start[slice(None) if wanted is None else wanted >> BITS] = True  # tells most others apart by 24 bits
     for batch in sketches.batches(paths, name):
         names = batch.table[name].take(pa.array(batch.rows)).to_pylist()
         out = np.empty(int(np.diff(batch.ends).max(initial=0)) // 2 + 2, np.uint64)
         for row, label in zip(batch.rows, names, strict=True):
             count = sketches.shingles(batch.text, batch.ends[row], batch.ends[row + 1], ring, out)
             long = bool(count) and bool(ring.all())  # else it has fewer words than n
-            places = np.flatnonzero(_known(out[:count], slots)) if slots is not None else np.arange(count)
-            hashes, first = np.unique(out[places] if long else out[:0], return_index=True)
+            places = np.flatnonzero(start[out[:count] >> BITS]) if long else np.arange(0)
+            places = places if wanted is None else places[np.isin(out[places], wanted)]
+            hashes, first = np.unique(out[places], return_index=True)
             yield Grams(number, label, hashes, places[first], long)
             number += 1
 
@@ -178,9 +158,7 @@ def contaminated(parts: Sequence[Path], evaluation: Sequence[Path], words: int) 
     owners, owned = owners[rare], owned[rare]
     order = np.argsort(owned, kind="stable")
     owners, owned, sizes = owners[order], owned[order], np.bincount(owners, minlength=len(tests))
-    wanted = np.unique(owned)
-    slots = _slots(wanted, 1 << (4 * len(wanted) + 4).bit_length())
-    hits = [gram for gram in _grams(parts, "record_id", words, slots) if len(gram.hashes)]
+    hits = [gram for gram in _grams(parts, "record_id", words, np.unique(owned)) if len(gram.hashes)]
     places = np.concatenate([np.empty(0, np.int64), *(gram.places for gram in hits)])
     where, shared = _pairs(hits)
     rare = _rare(shared)

@@ -80,7 +80,7 @@ def _read(sides: Sequence[Sequence[Path]], trust: Mapping[str, float], n: int, p
     tables = [ABOUT.empty_table()]
     for side, paths in enumerate(sides):
         for batch in kernels.batches(paths, "record_id", "timestamp"):
-            text, ends, new = memoryview(batch.text), batch.ends.tolist(), list[int]()
+            text, ends, new = batch.text.data, batch.ends.tolist(), list[int]()
             for row in batch.rows.tolist():
                 known = len(seen)
                 text_of.append(seen.setdefault(xxh3_128_digest(text[ends[row] : ends[row + 1]]), known))
@@ -148,9 +148,7 @@ def deduplicate(
         corpus = _read([earlier, parts], trust, n, pool)
         names, old = corpus.records["record_id"], corpus.records["earlier"].to_numpy().astype(bool)
         if repeated := np.count_nonzero(~old) - pc.count_distinct(names.filter(pa.array(~old))).as_py():
-            raise ValueError(
-                f"{repeated} record_id of the parts are not their first: give every record a source of its own"
-            )
+            raise ValueError(f"{repeated} records have the record_id of another: give each a source of its own")
         order = ranked(corpus.records)
         texts, first = np.unique(corpus.text_of[order], return_index=True)
         best, by_rank = order[first], np.argsort(first)
