@@ -39,7 +39,7 @@ Limits = Iterator[tuple[str, float, str, float]]  # filter, value, sign, thresho
 def _repetition(words: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """float64[11]: at n, the share of characters in the most frequent n-gram (2 to 4; 0 if none is repeated) or in
     n-grams that occurred before (5 to 10); a character counts once. Hashes and lengths of the words, in order."""
-    out, total, size = np.zeros(11), max(1, lengths.sum()), 4
+    out, total, size = np.zeros(11), max(1, int(lengths.sum())), 4
     while size < 2 * len(words):
         size *= 2
     keys, counts, places = np.empty(size, np.uint64), np.empty(size, np.int64), np.empty(len(words), np.int64)
@@ -58,12 +58,12 @@ def _repetition(words: np.ndarray, lengths: np.ndarray) -> np.ndarray:
             if counts[place] > 1:
                 long = until[i + n] - until[i]
                 if n > 4:
-                    covered, end = covered + until[i + n] - until[max(i, end)], i + n
+                    covered, end = covered + int(until[i + n] - until[max(i, end)]), i + n
                 elif best < 0 or (counts[place], long) > (counts[best], weight):
                     best, weight = place, long
         for i in range(len(words) - n + 1 if n < 5 and best >= 0 else 0):
             if places[i] == best:
-                covered, end = covered + until[i + n] - until[max(i, end)], i + n
+                covered, end = covered + int(until[i + n] - until[max(i, end)]), i + n
         out[n] = covered / total
         if not covered:  # no n-gram is repeated, so no longer one is
             break
@@ -76,6 +76,17 @@ class Page:
     def __init__(self, text: str) -> None:
         self.text, self.words = text, text.split()
         self.lines = [line for line in map(str.strip, text.split("\n")) if line]
+
+    @cached_property
+    def characters(self) -> int:
+        """Those that are not white space."""
+        return sum(map(len, self.words))
+
+    @cached_property
+    def alphabetic(self) -> float:
+        """Share of letters among the characters; 0 for none."""
+        letters = LETTER[np.frombuffer(self.text.encode("utf-32-le", "surrogatepass"), np.uint32)].sum()
+        return float(letters) / max(1, self.characters)
 
     @cached_property
     def paragraphs(self) -> list[str]:
@@ -102,19 +113,13 @@ class Page:
 
 def duplicates(pieces: Sequence[str]) -> tuple[float, float]:
     """Shares of pieces, and of their characters, that repeat an earlier piece; 0 for none."""
-    unique = set(pieces)
-    return 1 - len(unique) / max(1, len(pieces)), 1 - sum(map(len, unique)) / max(
-        1, sum(map(len, pieces)), 1
-    ) if pieces else 0.0
+    unique, characters = set(pieces), sum(map(len, pieces))
+    return (1 - len(unique) / len(pieces), 1 - sum(map(len, unique)) / characters) if pieces else (0.0, 0.0)
 
 
 def _alphabetic_words(page: Page) -> float:
     mixed_words = [word for word in page.words if not word.isalpha()]
     return 1 - sum(not any(map(str.isalpha, word)) for word in mixed_words) / max(1, len(page.words))
-
-
-def _mean_length(page: Page) -> float:
-    return sum(map(len, page.words)) / max(1, len(page.words))
 
 
 class Heuristic(NamedTuple):
@@ -130,8 +135,8 @@ HEURISTICS: dict[str, Heuristic] = {
     # "between 50 and 100,000 words, or whose mean word length is outside the range of 3 to 10 characters"
     "gopher_min_doc_words": Heuristic("gopher_quality", ">=", 50, lambda p: len(p.words)),
     "gopher_max_doc_words": Heuristic("gopher_quality", "<=", 100_000, lambda p: len(p.words)),
-    "gopher_min_avg_word_length": Heuristic("gopher_quality", ">=", 3, _mean_length),
-    "gopher_max_avg_word_length": Heuristic("gopher_quality", "<=", 10, _mean_length),
+    "gopher_min_avg_word_length": Heuristic("gopher_quality", ">=", 3, lambda p: p.characters / max(1, len(p.words))),
+    "gopher_max_avg_word_length": Heuristic("gopher_quality", "<=", 10, lambda p: p.characters / max(1, len(p.words))),
     # "a symbol-to-word ratio greater than 0.1 for either the hash symbol or the ellipsis"
     "gopher_hash_word_ratio": Heuristic("gopher_quality", "<=", 0.1, lambda p: p.per_word("#")),
     "gopher_ellipsis_word_ratio": Heuristic("gopher_quality", "<=", 0.1, lambda p: p.per_word("...", "…")),
@@ -142,7 +147,7 @@ HEURISTICS: dict[str, Heuristic] = {
         "gopher_quality", "<=", 0.3, lambda p: p.lines_where(lambda line: line.endswith(("...", "…")))
     ),
     "gopher_min_alpha_words_ratio": Heuristic("gopher_quality", ">=", 0.8, _alphabetic_words),
-    "gopher_min_stop_words": Heuristic("gopher_quality", ">=", 2, lambda p: len(STOP_WORDS & set(p.words))),
+    "gopher_min_stop_words": Heuristic("gopher_quality", ">=", 2, lambda p: len(STOP_WORDS.intersection(p.words))),
     # table A1
     "gopher_dup_line_frac": Heuristic("gopher_repetition", "<=", 0.30, lambda p: duplicates(p.lines)[0]),
     "gopher_dup_para_frac": Heuristic("gopher_repetition", "<=", 0.30, lambda p: duplicates(p.paragraphs)[0]),
@@ -181,21 +186,15 @@ def sign_of(name: str) -> str:
     return HEURISTICS[name].sign if name in HEURISTICS else ASKED.get(name, "<=")
 
 
-def alphabetic_share(text: str) -> float:
-    """Letters among the characters that are not white space; 0 for an empty text."""
-    letters = LETTER[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)].sum()
-    return float(letters) / max(1, sum(map(len, text.split())))
-
-
 def licensed(expression: str, allowed: Sequence[str]) -> bool:
     """Whether an SPDX expression holds with the licences allowed: one of OR, all of AND, AND binds tighter."""
 
     def holds(flat: str) -> bool:
         return any(all(name.strip() in names for name in part.split(" AND ")) for part in flat.split(" OR "))
 
-    names, before = {*allowed, "+"}, ""
+    names, before = {*allowed, "\0"}, ""
     while before != expression:
-        before, expression = expression, re.sub(r"\(([^()]*)\)", lambda m: "+" if holds(m[1]) else "-", expression)
+        before, expression = expression, re.sub(r"\(([^()]*)\)", lambda m: "\0" if holds(m[1]) else "-", expression)
     return holds(expression)
 
 
@@ -208,7 +207,7 @@ def _asked(row: dict[str, Any], data: Data, perplexed: tuple[float, perplexity.M
     )
     yield "min_words", len(page.words), ">=", data.min_words
     yield "max_document_kb", len(page.text.encode(errors="replace")) / 1e3, "<=", data.max_document_kb
-    yield "min_alphabetic", alphabetic_share(page.text), ">=", data.min_alphabetic
+    yield "min_alphabetic", page.alphabetic, ">=", data.min_alphabetic
     if data.licences:
         yield "licence", licensed(row["licence"], data.licences), ">=", 1
     if "perplexity" in families and code is not None:  # prose: text whose language can be told

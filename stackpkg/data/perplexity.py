@@ -111,7 +111,7 @@ def perplexities(texts: Sequence[str], content: Sequence[str], model: Model) -> 
     fold, out = np.array([_draw(item) & 1 for item in content], np.int64), np.ones(len(texts))
     for side in (0, 1):
         mine = np.flatnonzero(fold == side)
-        words, stops = hashes([texts[k] for k in mine])
+        words, stops = hashes([texts[k] for k in mine.tolist()])
         out[mine] = np.exp(_nats(words, stops, model.counts[1 - side], int(model.words[1 - side])))
     return out
 

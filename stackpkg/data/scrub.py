@@ -84,7 +84,7 @@ def _finder(kind: str, hints: str, pattern: str, check: Callable[[str], bool] = 
 
 FINDERS = (
     _finder("private_key", "PRIVATE", r"(-----BEGIN [A-Z0-9 ]{0,20}PRIVATE KEY(?: BLOCK)?-----"
-            r"[\w+/=\s\\,:\"'-]{64,20000}?-----END [A-Z0-9 ]{0,20}PRIVATE KEY(?: BLOCK)?-----)"),
+            r"[\w+/=\s\\,:\"'-]{64,12000}?-----END [A-Z0-9 ]{0,20}PRIVATE KEY(?: BLOCK)?-----)"),
     _finder("cloud_key", "AKIA ASIA ABIA ACCA", r"\b(A(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16})\b",
             lambda s: "EXAMPLE" not in s),
     _finder("cloud_key", "AIza GOCSPX- ya29.", r"\b(AIza[\w-]{35}|GOCSPX-[\w-]{28}|ya29\.[\w-]{30,})(?![\w-])"),
@@ -116,7 +116,8 @@ FINDERS = (
             r"([ -]?)\d{4}\2\d{4}\2\d{4}|3(?<![\w.,+/(=\[-].)[47]\d\d([ -]?)\d{6}\3\d{5})(?![\w.,/-]*\d)", _luhn),
     _finder("ip_address", ".", r"(\d(?<![\w.=/+-].)(?<!ersion .)\d{0,2}(?:\.\d{1,3}){3})(?![\w-]|\.\w)", _address),
     _finder("ip_address", ":", r"([23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34})(?![\w:])", _address),  # 2000::/3
-    _finder("phone", "+", r"(\+(?<![\w+./)\]=-].)[1-9]\d{0,2}(?:[ .-]?\(?\d{2,4}\)?){2,5})(?![\w.-]*\d)", _phone),
+    _finder("phone", "+",
+            r"(\+(?<![\w+./)\]=-].)[1-9]\d{0,2}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\(?\d{2,4}\)?){1,5})(?![\w.-]*\d)", _phone),
 )  # fmt: skip
 
 
