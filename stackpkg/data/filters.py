@@ -1,31 +1,267 @@
-"""Quality filters after Gopher (Rae et al. 2021, A1.1) and C4 (Raffel et al. 2020, 2.2); every decision is audited."""
+"""Filters: the heuristics of Gopher, C4 and FineWeb with their papers' thresholds, and what every domain is asked.
 
-from collections.abc import Iterable
+Sources: Gopher, Rae et al. 2021, appendix A1.1 and table A1; C4, Raffel et al. 2020, section 2.2; FineWeb, Penedo et
+al. 2024, section 3.6. Names follow datatrove's parameters. C4 edits pages line by line and here a document is kept or
+dropped whole: a line rule drops a document of which it would leave no line, and sentences are counted in the lines that
+all rules leave. Sentence ends of other scripts count as English ones do; Gopher's stop words are asked of English only.
+"""
 
-from stackpkg.data.provenance import Audit, Record, decide
+import difflib
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numba import njit
+
+from stackpkg.data import perplexity, records
+from stackpkg.data.mixing import GOLDEN
+from stackpkg.data.perplexity import CACHE, CODES, mixed
+from stackpkg.data.scrub import SECRETS, scrub
 from stackpkg.params import Data
 
+SIGNS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+BULLETS = ("•", "‣", "⁃", "◦", "▪", "●", "*", "-", "–")
+TERMINAL = (".", "!", "?", '"', "”", "»", "。", "！", "？", "」", "।", "؟", "۔")
+SENTENCE = re.compile(r"[.!?。！？।؟۔]+[\"'”»」)\]]*(?:(?=\s)|$|(?<=[。！？」]))")
+LETTER = np.strings.isalpha(CODES.view("U1"))
+Limits = Iterator[tuple[str, float, str, float]]  # filter, value, sign, threshold
 
-def duplicate_line_fraction(text: str) -> float:
-    """Share of non-empty lines that repeat an earlier one (Gopher, A1.1)."""
-    lines = [line for line in map(str.strip, text.splitlines()) if line]
-    return 1 - len(set(lines)) / len(lines) if lines else 0.0
+
+@njit(cache=CACHE)
+def _repetition(words: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """float64[11]: at n, the share of characters in the most frequent n-gram (2 to 4; 0 if none is repeated) or in
+    n-grams that occurred before (5 to 10); a character counts once. Hashes and lengths of the words, in order."""
+    out, total, size = np.zeros(11), max(1, int(lengths.sum())), 4
+    while size < 2 * len(words):
+        size *= 2
+    keys, counts, places = np.empty(size, np.uint64), np.empty(size, np.int64), np.empty(len(words), np.int64)
+    grams, until = words.copy(), np.zeros(len(words) + 1, np.int64)
+    until[1:] = np.cumsum(lengths)
+    for n in range(2, 11):
+        counts[:] = 0
+        best, weight, end, covered = -1, 0, 0, 0
+        for i in range(len(words) - n + 1):
+            grams[i] = mixed(grams[i] * GOLDEN + words[i + n - 1])
+            place = np.int64(grams[i] & np.uint64(size - 1))
+            while counts[place] and keys[place] != grams[i]:
+                place = (place + 1) & (size - 1)
+            keys[place], places[i] = grams[i], place
+            counts[place] += 1
+            if counts[place] > 1:
+                long = until[i + n] - until[i]
+                if n > 4:
+                    covered, end = covered + int(until[i + n] - until[max(i, end)]), i + n
+                elif best < 0 or (counts[place], long) > (counts[best], weight):
+                    best, weight = place, long
+        for i in range(len(words) - n + 1 if n < 5 and best >= 0 else 0):
+            if places[i] == best:
+                covered, end = covered + int(until[i + n] - until[max(i, end)]), i + n
+        out[n] = covered / total
+        if not covered:  # no n-gram is repeated, so no longer one is
+            break
+    return out
 
 
-def alphabetic_share(text: str) -> float:
-    """Letters among the characters that are not white space; 0 for an empty text."""
-    return sum(map(str.isalpha, text)) / max(1, sum(map(len, text.split())))
+class Page:
+    """What the statistics share: words by white space, lines and paragraphs that are not blank, stripped."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.words = text, text.split()
+        self.lines = [line for line in map(str.strip, text.split("\n")) if line]
+
+    @cached_property
+    def characters(self) -> int:
+        """Those that are not white space."""
+        return sum(map(len, self.words))
+
+    @cached_property
+    def alphabetic(self) -> float:
+        """Share of letters among the characters; 0 for none."""
+        letters = LETTER[np.frombuffer(self.text.encode("utf-32-le", "surrogatepass"), np.uint32)].sum()
+        return float(letters) / max(1, self.characters)
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        return [piece for piece in map(str.strip, re.split(r"\n\s*\n", self.text)) if piece]
+
+    @cached_property
+    def repetition(self) -> list[float]:
+        n = len(self.words)
+        words, lengths = np.fromiter(map(hash, self.words), np.int64, n), np.fromiter(map(len, self.words), np.int64, n)
+        return _repetition(words.view(np.uint64), lengths).tolist()
+
+    @cached_property
+    def sentences(self) -> int:
+        """In the lines that C4 leaves: terminal punctuation, at least three words, no javascript."""
+        left = (s for s in self.lines if s.endswith(TERMINAL) and s.count(" ") > 1 and "javascript" not in s.lower())
+        return sum(max(1, len(SENTENCE.findall(line))) for line in left)
+
+    def lines_where(self, test: Callable[[str], bool]) -> float:
+        return sum(map(test, self.lines)) / max(1, len(self.lines))
+
+    def per_word(self, *symbols: str) -> float:
+        return sum(map(self.text.count, symbols)) / max(1, len(self.words))
 
 
-def apply(records: Iterable[Record], data: Data, audit: list[Audit]) -> list[Record]:
-    """The records that pass every filter; each adds one audit row a filter."""
+def duplicates(pieces: Sequence[str]) -> tuple[float, float]:
+    """Shares of pieces, and of their characters, that repeat an earlier piece; 0 for none."""
+    unique, characters = set(pieces), sum(map(len, pieces))
+    return (1 - len(unique) / len(pieces), 1 - sum(map(len, unique)) / characters) if pieces else (0.0, 0.0)
 
-    def limits(text: str) -> dict[str, tuple[float, str, float]]:
-        return {
-            "gopher_word_count": (len(text.split()), ">=", data.min_words),
-            "document_kilobytes": (len(text.encode()) / 1e3, "<=", data.max_document_kb),
-            "gopher_duplicate_line_fraction": (duplicate_line_fraction(text), "<=", data.max_repetition),
-            "alphabetic_share": (alphabetic_share(text), ">=", data.min_alphabetic),
-        }
 
-    return [record for record in records if decide(audit, record, **limits(record.text))]
+def _alphabetic_words(page: Page) -> float:
+    mixed_words = [word for word in page.words if not word.isalpha()]
+    return 1 - sum(not any(map(str.isalpha, word)) for word in mixed_words) / max(1, len(page.words))
+
+
+class Heuristic(NamedTuple):
+    """A document is kept when `statistic` compares so with the threshold."""
+
+    family: str
+    sign: str
+    threshold: float
+    statistic: Callable[[Page], float]
+
+
+HEURISTICS: dict[str, Heuristic] = {
+    # "between 50 and 100,000 words, or whose mean word length is outside the range of 3 to 10 characters"
+    "gopher_min_doc_words": Heuristic("gopher_quality", ">=", 50, lambda p: len(p.words)),
+    "gopher_max_doc_words": Heuristic("gopher_quality", "<=", 100_000, lambda p: len(p.words)),
+    "gopher_min_avg_word_length": Heuristic("gopher_quality", ">=", 3, lambda p: p.characters / max(1, len(p.words))),
+    "gopher_max_avg_word_length": Heuristic("gopher_quality", "<=", 10, lambda p: p.characters / max(1, len(p.words))),
+    # "a symbol-to-word ratio greater than 0.1 for either the hash symbol or the ellipsis"
+    "gopher_hash_word_ratio": Heuristic("gopher_quality", "<=", 0.1, lambda p: p.per_word("#")),
+    "gopher_ellipsis_word_ratio": Heuristic("gopher_quality", "<=", 0.1, lambda p: p.per_word("...", "…")),
+    "gopher_max_bullet_lines_ratio": Heuristic(
+        "gopher_quality", "<=", 0.9, lambda p: p.lines_where(lambda line: line.startswith(BULLETS))
+    ),
+    "gopher_max_ellipsis_lines_ratio": Heuristic(
+        "gopher_quality", "<=", 0.3, lambda p: p.lines_where(lambda line: line.endswith(("...", "…")))
+    ),
+    "gopher_min_alpha_words_ratio": Heuristic("gopher_quality", ">=", 0.8, _alphabetic_words),
+    "gopher_min_stop_words": Heuristic("gopher_quality", ">=", 2, lambda p: len(STOP_WORDS.intersection(p.words))),
+    # table A1
+    "gopher_dup_line_frac": Heuristic("gopher_repetition", "<=", 0.30, lambda p: duplicates(p.lines)[0]),
+    "gopher_dup_para_frac": Heuristic("gopher_repetition", "<=", 0.30, lambda p: duplicates(p.paragraphs)[0]),
+    "gopher_dup_line_char_frac": Heuristic("gopher_repetition", "<=", 0.20, lambda p: duplicates(p.lines)[1]),
+    "gopher_dup_para_char_frac": Heuristic("gopher_repetition", "<=", 0.20, lambda p: duplicates(p.paragraphs)[1]),
+    **{
+        f"gopher_{'top' if n < 5 else 'dup'}_{n}_gram_char_frac": Heuristic(
+            "gopher_repetition",
+            "<=",
+            limit,
+            lambda p, n=n: p.repetition[n],  # type: ignore[misc]
+        )
+        for n, limit in enumerate((0.20, 0.18, 0.16, 0.15, 0.14, 0.13, 0.12, 0.11, 0.10), 2)
+    },
+    "c4_terminal_punctuation": Heuristic("c4", ">", 0, lambda p: p.lines_where(lambda line: line.endswith(TERMINAL))),
+    "c4_javascript": Heuristic("c4", "<", 1, lambda p: p.lines_where(lambda line: "javascript" in line.lower())),
+    "c4_lorem_ipsum": Heuristic("c4", "<=", 0, lambda p: p.text.lower().count("lorem ipsum")),
+    "c4_curly_bracket": Heuristic("c4", "<=", 0, lambda p: p.text.count("{")),
+    "c4_min_num_sentences": Heuristic("c4", ">=", 5, lambda p: p.sentences),
+    # "fraction of lines ending with punctuation <= 0.12, of characters in duplicated lines >= 0.1, of lines shorter
+    # than 30 characters >= 0.67" are removed
+    "fineweb_line_punct": Heuristic(
+        "fineweb", ">", 0.12, lambda p: p.lines_where(lambda line: line.endswith(TERMINAL))
+    ),
+    "fineweb_char_duplicates": Heuristic("fineweb", "<", 0.1, lambda p: duplicates(p.lines)[1]),
+    "fineweb_short_line": Heuristic("fineweb", "<", 0.67, lambda p: p.lines_where(lambda line: len(line) < 30)),
+}
+ASKED = {  # what is asked beside the families; its parameters are fields of `Data`
+    "min_words": ">=", "max_document_kb": "<=", "min_alphabetic": ">=", "licence": ">=", "language": ">=",
+    "language_score": ">=", "perplexity_low": ">=", "perplexity_high": "<=",
+}  # fmt: skip
+
+
+def sign_of(name: str) -> str:
+    """How a value must compare with the threshold for its document to be kept; what a scrub counts must be 0."""
+    return HEURISTICS[name].sign if name in HEURISTICS else ASKED.get(name, "<=")
+
+
+def licensed(expression: str, allowed: Sequence[str]) -> bool:
+    """Whether an SPDX expression holds with the licences allowed: one of OR, all of AND, AND binds tighter."""
+
+    def holds(flat: str) -> bool:
+        return any(all(name.strip() in names for name in part.split(" AND ")) for part in flat.split(" OR "))
+
+    names, before = {*allowed, "\0"}, ""
+    while before != expression:
+        before, expression = expression, re.sub(r"\(([^()]*)\)", lambda m: "\0" if holds(m[1]) else "-", expression)
+    return holds(expression)
+
+
+def _asked(row: dict[str, Any], data: Data, perplexed: tuple[float, perplexity.Model] | None) -> Limits:
+    """Every limit that is put to a row, in order."""
+    families, page, code = (
+        data.filters.get(row["domain"], data.filters.get("*", [])),
+        Page(row["text"]),
+        row.get("language"),
+    )
+    yield "min_words", len(page.words), ">=", data.min_words
+    yield "max_document_kb", len(page.text.encode(errors="replace")) / 1e3, "<=", data.max_document_kb
+    yield "min_alphabetic", page.alphabetic, ">=", data.min_alphabetic
+    if data.licences:
+        yield "licence", licensed(row["licence"], data.licences), ">=", 1
+    if "perplexity" in families and code is not None:  # prose: text whose language can be told
+        if data.languages:
+            yield "language", code in data.languages, ">=", 1
+        yield "language_score", row["language_score"], ">=", data.min_language_score
+    for name, (family, sign, threshold, statistic) in HEURISTICS.items():
+        if family in families and not (name == "gopher_min_stop_words" and code not in (None, "", "en")):
+            yield name, statistic(page), sign, data.thresholds.get(name, threshold)
+    if perplexed:
+        (low, high), wanted = perplexed[1].band(*data.perplexity_band), data.perplexity_band
+        if wanted[0] > 0:
+            yield "perplexity_low", perplexed[0], ">=", low
+        if wanted[1] < 1:
+            yield "perplexity_high", perplexed[0], "<=", high
+
+
+def apply(part: pa.Table, data: Data, models: Path | None) -> pa.Table:
+    """The same rows with `kept` and `decisions`, texts scrubbed (also of rows that are dropped: nobody reads a secret).
+
+    `models`: the folder of n-gram models, or None; asked, as the language is, where a domain's families contain
+    perplexity and the part has a `language`. Statistics are of the scrubbed text. Raises `ValueError` for a threshold
+    of an unknown filter.
+    """
+    for name in data.thresholds.keys() - HEURISTICS.keys():
+        near = difflib.get_close_matches(name, HEURISTICS, 1, 0)[0]
+        raise ValueError(f"data.thresholds has {name!r}; did you mean {near!r}? allowed: {', '.join(HEURISTICS)}")
+    policy = {"personal": data.personal_data, "secret": data.secrets}
+    scrubbed = [scrub(t, *(rule != "keep" for rule in policy.values())) for t in part["text"].to_pylist()]
+    texts = pa.array([text for text, _ in scrubbed], part.schema.field("text").type)
+    names = [name for name in part.column_names if name not in ("kept", "decisions")]
+    part = part.select(names).set_column(names.index("text"), part.schema.field("text"), texts)
+    prose = [("perplexity" in data.filters.get(d, data.filters.get("*", []))) for d in part["domain"].to_pylist()]
+    values: list[Any] = [None] * len(part)
+    if models is not None and any(prose) and "language" in names:
+        rows = np.flatnonzero(prose)
+        for k, value in zip(rows.tolist(), perplexity.score(part.take(rows), models), strict=True):
+            values[k] = value
+    columns: tuple[list[Any], ...] = ([], [], [], [])
+    kept, offsets = [], [0]
+    for row, (_, counts), value in zip(part.to_pylist(), scrubbed, values, strict=True):
+        found = [
+            (name, float(v), float(t), "keep" if SIGNS[sign](v, t) else "drop")
+            for name, v, sign, t in _asked(row, data, value)
+        ]
+        for kind, count in counts.items():
+            group = "secret" if kind in SECRETS else "personal"
+            found.append((f"{group}_{kind}", float(count), 0.0, policy[group] if count else "keep"))
+        kept.append(all(item[3] != "drop" for item in found))
+        offsets.append(offsets[-1] + len(found))
+        for column, items in zip(columns, zip(*found, strict=True), strict=True):
+            column.extend(items)
+    inner = [pa.array(column, field.type) for column, field in zip(columns, records.DECISION, strict=True)]
+    decisions = pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(inner, fields=list(records.DECISION))
+    )
+    return part.append_column("kept", pa.array(kept, pa.bool_())).append_column("decisions", decisions)

@@ -1,0 +1,175 @@
+"""What curation did: borderline samples, thresholds from quantiles, metrics by domain, and the flow of what was lost.
+
+Every function streams over parts as `filters.apply` writes them, and returns frames; what is text in them comes from
+the data, so it is escaped wherever it is drawn.
+"""
+
+from __future__ import annotations
+
+import heapq
+import html
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from stackpkg.data.filters import SIGNS, Page, sign_of
+from stackpkg.runs import replacing
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+EXCERPT = 200  # characters
+COUNTED = ("documents", "mb", "words")  # metrics that are amounts; the others are medians, means and shares
+
+
+def _rows(parts: Sequence[Path], *columns: str) -> Iterator[dict[str, Any]]:
+    """The rows of all parts, with those of the columns they have."""
+    for path in parts:
+        file = pq.ParquetFile(path)
+        for batch in file.iter_batches(1000, columns=[name for name in columns if name in file.schema_arrow.names]):
+            yield from batch.to_pylist()
+
+
+def borderline(parts: Sequence[Path], name: str, n: int) -> pd.DataFrame:
+    """The `n` documents nearest to a filter's threshold on either side: what the audit shows to a human."""
+    sides: dict[bool, list[tuple[float, str, int, dict[str, Any]]]] = {True: [], False: []}
+    turn = count()
+    for row in _rows(parts, "record_id", "source", "domain", "text", "decisions"):
+        for item in row["decisions"]:
+            if item["filter"] == name:
+                shown = {key: row[key] for key in ("record_id", "source", "domain")} | item
+                entry = (-abs(item["value"] - item["threshold"]), row["record_id"], next(turn), shown)
+                shown["excerpt"] = row["text"][:EXCERPT]
+                side = sides[item["decision"] == "keep"]
+                (heapq.heappush if len(side) < n else heapq.heappushpop)(side, entry)
+    found = [shown for side in sides.values() for *_, shown in side]
+    if not found:
+        raise ValueError(f"no record of these parts was asked {name!r}; see the filter column of the audit for names")
+    return pd.DataFrame(found).sort_values(["value", "record_id"], ignore_index=True)
+
+
+def propose(parts: Sequence[Path], shares: Sequence[float]) -> pd.DataFrame:
+    """For each filter, domain and share: the threshold that drops about this share, and what it would really drop.
+
+    Ties at a threshold are kept or dropped together, so `would_drop` may differ from the share asked for.
+    """
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    limits: dict[tuple[str, str], float] = {}
+    for row in _rows(parts, "domain", "decisions"):
+        for item in row["decisions"]:
+            key = item["filter"], row["domain"]
+            values[key].append(item["value"])
+            limits[key] = item["threshold"]
+    made = []
+    for (name, domain), found in sorted(values.items()):
+        sign: Any = SIGNS[sign_of(name)]
+        measured = np.array(found)
+        for share in shares:
+            at = float(np.quantile(measured, share if sign_of(name).startswith(">") else 1 - share))
+            now, would = (1 - float(np.mean(sign(measured, limit))) for limit in (limits[name, domain], at))
+            made.append((name, domain, len(measured), limits[name, domain], now, share, at, would))
+    names = ["filter", "domain", "documents", "threshold", "drops", "share", "proposed", "would_drop"]
+    return pd.DataFrame(made, columns=names)
+
+
+def metrics(parts: Sequence[Path]) -> pd.DataFrame:
+    """One row a domain, of the rows that no stage has dropped: the same before a stage and after it.
+
+    documents; mb (10^6 bytes of UTF-8); words; median_words; unique_words (mean share of a document's words that are
+    distinct); alphabetic (mean share of letters); language and language_share (the most frequent one);
+    perplexity (median); duplicates (share whose content another document has).
+    """
+    seen: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for row in _rows(parts, "domain", "text", "content_hash", "language", "kept", "decisions"):
+        if not row.get("kept", True):
+            continue
+        page, found = Page(row["text"]), seen[row["domain"]]
+        asked = {item["filter"]: item["value"] for item in row.get("decisions", ())}
+        found["mb"].append(len(page.text.encode(errors="replace")) / 1e6)
+        found["words"].append(len(page.words))
+        found["unique"].append(len(set(page.words)) / max(1, len(page.words)))
+        found["alphabetic"].append(page.alphabetic)
+        found["language"].append(row.get("language", ""))
+        found["content"].append(row["content_hash"])
+        found["perplexity"] += [v for k in ("perplexity_high", "perplexity_low") if (v := asked.get(k)) is not None][:1]
+    rows = {}
+    for domain, found in sorted(seen.items()):
+        language, often = Counter(found["language"]).most_common(1)[0]
+        n = len(found["words"])
+        rows[domain] = {
+            "documents": n,
+            "mb": sum(found["mb"]),
+            "words": sum(found["words"]),
+            "median_words": float(np.median(found["words"])),
+            "unique_words": float(np.mean(found["unique"])),
+            "alphabetic": float(np.mean(found["alphabetic"])),
+            "language": language,
+            "language_share": often / n,
+            "perplexity": float(np.median(found["perplexity"])) if found["perplexity"] else float("nan"),
+            "duplicates": 1 - len(set(found["content"])) / n,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("domain")
+
+
+def losses(parts: Sequence[Path], stage: str) -> pd.DataFrame:
+    """Documents by domain, stage and reason; the reason is the first filter that dropped one, empty for the kept."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in _rows(parts, "domain", "kept", "decisions"):
+        reasons = [item["filter"] for item in row["decisions"] if item["decision"] == "drop"]
+        counts[row["domain"], "" if row["kept"] else (reasons or [stage])[0]] += 1
+    rows = [(domain, stage, reason, n) for (domain, reason), n in sorted(counts.items())]
+    return pd.DataFrame(rows, columns=["domain", "stage", "reason", "documents"])
+
+
+def flow(lost: pd.DataFrame) -> Figure:
+    """Sankey diagram of what was lost where and why: domain -> stage -> reason, and domain -> kept.
+
+    `lost` has the columns of `losses`, one stage below the other; kept documents count at the last stage alone.
+    """
+    import plotly.graph_objects as go  # only the report draws
+
+    links: Counter[tuple[str, str]] = Counter()
+    last = list(lost["stage"])[-1] if len(lost) else ""
+    for domain, stage, reason, documents in lost.itertuples(index=False):
+        if reason:
+            links[f"domain {domain}", f"lost: {stage}"] += documents
+            links[f"lost: {stage}", f"{stage}: {reason}"] += documents
+        elif stage == last:
+            links[f"domain {domain}", "kept"] += documents
+    names = list(dict.fromkeys(name for pair in links for name in pair))
+    ends = {"source": [names.index(a) for a, _ in links], "target": [names.index(b) for _, b in links]}
+    nodes = {"label": [html.escape(name) for name in names], "pad": 12, "thickness": 12}
+    figure = go.Figure(go.Sankey(node=nodes, link=ends | {"value": list(links.values())}))
+    return figure.update_layout(title="Documents: what was lost, where and why", height=max(400, 22 * len(names)))
+
+
+def report(before: pd.DataFrame, after: pd.DataFrame, path: Path) -> Path:
+    """An evidently page (HTML, opens offline) of two `metrics`: each number by domain, the one before as reference.
+
+    A domain that is gone counts 0 documents. Names are escaped; nothing is sent (`DO_NOT_TRACK`).
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    from evidently import Dataset, Report  # slow to import, and only the report needs it
+
+    from stackpkg.evaluation.report import Measured
+
+    def flat(frame: pd.DataFrame) -> dict[str, float]:
+        numbers = frame.reindex(before.index).select_dtypes("number")
+        numbers[[name for name in COUNTED if name in numbers]] = numbers.reindex(columns=list(COUNTED)).fillna(0)
+        found = numbers.stack(future_stack=True).items()
+        return {f"{html.escape(str(domain))}: {name}": float(value) for (domain, name), value in found}
+
+    first, second = flat(before), flat(after)
+    shown = [name for name in first if not (np.isnan(first[name]) or np.isnan(second[name]))]
+    data = [Dataset.from_pandas(pd.DataFrame([{k: numbers[k] for k in shown}])) for numbers in (second, first)]
+    snapshot = Report([Measured(column=name) for name in shown]).run(*data)
+    with replacing(path) as temporary:
+        snapshot.save_html(str(temporary))
+    return path
