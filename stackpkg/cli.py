@@ -91,7 +91,7 @@ def trace(
         ledger = Ledger(_folder(path).path, job)
         named = hashlib.sha256(document.encode()).hexdigest()[:16] if document else ""
         known = document if document in set(ledger.stream.corpus.records) else named
-        rows = ledger.step(step) if step is not None else ledger.document(known)
+        rows = ledger.step(step) if step is not None else ledger.document(str(known))
     except ValueError as error:
         _stop(error)
     typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in rows) or "none")

@@ -35,7 +35,7 @@ Family = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb", "perple
 FAMILIES: dict[str, list[Family]] = {
     "code": [],
     "licences": [],
-    "documentation": ["gopher_repetition"],
+    "documentation": ["gopher_repetition", "perplexity"],
     "*": ["gopher_quality", "gopher_repetition", "c4", "fineweb", "perplexity"],
 }
 

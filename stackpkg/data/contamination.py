@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numba import njit
 
 from stackpkg.data import dedup, records, sketches
@@ -87,9 +88,10 @@ def repeated_paragraphs(
     return pa.table(columns, schema=PARAGRAPHS).sort_by([("record_id", "ascending"), ("paragraph", "ascending")])
 
 
-def cut(part: pa.Table, table: pa.Table) -> pa.Table:
-    """The part without the paragraphs of `PARAGRAPHS`, whole lines each; a decision `paragraph_repeats` in every kept
+def cut(part: pa.Table, table: pa.Table | Path) -> pa.Table:
+    """A stage: the part without the paragraphs of `PARAGRAPHS`, whole lines each; a decision `paragraph_repeats` in every kept
     row: how many were cut; drop, when nothing is left. Other paragraphs and their blank lines stay as they are."""
+    table = pq.read_table(table) if isinstance(table, Path) else table
     mine, numbers = table.filter(pc.is_in(table["record_id"], part["record_id"].combine_chunks())), defaultdict(set)
     for name, number in zip(mine["record_id"].to_pylist(), mine["paragraph"].to_pylist(), strict=True):
         numbers[name].add(number)

@@ -105,8 +105,8 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     """
     text = runs.write_text(folder / "tokenizer/.new", model.to_str(pretty=True))
     made_with = _named(text, folder / "tokenizer", ".json")
-    settings = {"engine": data.engine, "workers": data.workers}
-    encoded = engine.run(tokenise, parts, folder / "shards/.tokens", made_with, data.longest_document, **settings)
+    place, longest = folder / "shards/.tokens", data.longest_document
+    encoded = engine.run(tokenise, parts, place, made_with, longest, engine=data.engine, workers=data.workers)
     owners = [pq.read_table(part, columns=["record_id", "domain"]).to_pydict() for part in parts]
     domains = {name: d for table in owners for name, d in zip(table["record_id"], table["domain"], strict=True)}
     splits = split_of(domains, data.validation_share)

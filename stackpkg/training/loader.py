@@ -50,6 +50,6 @@ class RankBatches(Sampler[list[int]]):
                 yield list(rows[first : first + size])
 
 
-def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows come stacked already."""
+def collate(batch: Any) -> dict[str, Tensor]:
+    """The rows of a micro-batch come stacked already."""
     return batch

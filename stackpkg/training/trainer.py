@@ -244,7 +244,7 @@ class StackTrainer(Trainer):
 
     def _decide(self, step: int, report: dict[str, Any] | None) -> None:
         """What holds from `step` on, told by rank 0 and on disk before any rank acts on it."""
-        schedule, told = self.stream.schedule, [[]]
+        schedule, told = self.stream.schedule, list[Any]([[]])
         if self.rank == 0:
             due = withdrawals_due(self.folder / "data", self.p.data, int(self.ends))
             new = {record: why for record, why in due.items() if record not in schedule.withdrawn}
