@@ -89,8 +89,8 @@ def repeated_paragraphs(
 
 
 def cut(part: pa.Table, table: pa.Table | Path) -> pa.Table:
-    """A stage: the part without the paragraphs of `PARAGRAPHS`, whole lines each; a decision `paragraph_repeats` in every kept
-    row: how many were cut; drop, when nothing is left. Other paragraphs and their blank lines stay as they are."""
+    """A stage: the part without the paragraphs of `PARAGRAPHS`, whole lines each; a decision `paragraph_repeats` in
+    every kept row: how many were cut; drop, when nothing is left. Other paragraphs stay as they are."""
     table = pq.read_table(table) if isinstance(table, Path) else table
     mine, numbers = table.filter(pc.is_in(table["record_id"], part["record_id"].combine_chunks())), defaultdict(set)
     for name, number in zip(mine["record_id"].to_pylist(), mine["paragraph"].to_pylist(), strict=True):

@@ -98,7 +98,7 @@ def _killed(jobs: Sequence[Job]) -> RuntimeError:
 
 
 def _processes(jobs: Sequence[Job], workers: int) -> Iterator[None]:
-    if workers == 1:
+    if min(workers, len(jobs)) == 1:
         yield from map(_one, jobs)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
