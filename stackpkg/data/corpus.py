@@ -18,11 +18,11 @@ class Corpus:
     """
 
     def __init__(self, folder: Path, version: str = "") -> None:
-        self.folder, self.version = folder, version
-        self.manifest = versions.read(folder, version)
-        if broken := versions.verify(folder, version, sample=OPENING):
+        path = versions.path_of(folder, version)
+        self.folder, self.version, self.digest = folder, path.stem, runs.digest(path)  # the head may move on
+        self.manifest = versions.read(folder, self.version)
+        if broken := versions.verify(folder, self.version, sample=OPENING):
             raise ValueError(f"corrupt or missing: {', '.join(broken)}; notebook 11 shows the way back")
-        self.digest = runs.digest(folder / "manifest.json")
         self.names = [entry["name"] for entry in self.manifest["shards"]]
         self._paths = [folder / f"shards/{name}.bin" for name in self.names]
         self._maps = [np.asarray(np.memmap(path, self.manifest["dtype"], "r")) for path in self._paths]

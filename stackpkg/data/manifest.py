@@ -29,18 +29,32 @@ def blocks(path: Path) -> np.ndarray:
         return np.array([xxhash.xxh3_64_intdigest(part) for part in iter(lambda: file.read(BLOCK), b"")], np.uint64)
 
 
-def read(folder: Path, version: str = "") -> Manifest:
-    """The head's manifest, or that of a version, by the beginning of its id. Raises `ValueError` when there is none."""
-    if not version:
-        if not (folder / "manifest.json").exists():
-            raise ValueError("data/manifest.json is missing: run notebook 10, or let its build end")
-        return runs.read_json(folder / "manifest.json")
-    found = sorted(folder.glob(f"versions/{version}*.json"))
+def write_sums(shard: Path) -> Path:
+    """Write the checksums of a shard beside it; returns their path."""
+    with runs.replacing(path := shard.with_suffix(".xxh")) as temporary:
+        blocks(shard).tofile(temporary)
+    return path
+
+
+def path_of(folder: Path, version: str = "") -> Path:
+    """The file of a version, given by the beginning of its id, or of the head's. Raises `ValueError` when there is
+    none, or it is corrupt."""
+    head = folder / "manifest.json"
+    if not version and not head.exists():
+        raise ValueError("data/manifest.json is missing: run notebook 10, or let its build end")
+    found = sorted(folder.glob(f"versions/{version or runs.digest(head)[:16]}*.json"))
+    if not found and not version:
+        raise ValueError(f"manifest.json is corrupt, or the version it was is gone; roll back to one of {ids(folder)}")
     if len(found) != 1:
-        raise ValueError(f"version {version!r} is {'not there' if not found else 'ambiguous'}; there are {ids(folder)}")
+        raise ValueError(f"version {version!r} is {'ambiguous' if found else 'not there'}; there are {ids(folder)}")
     if runs.digest(found[0])[:16] != found[0].stem:
         raise ValueError(f"versions/{found[0].name} is corrupt: its content does not have its name's SHA-256")
-    return runs.read_json(found[0])
+    return found[0]
+
+
+def read(folder: Path, version: str = "") -> Manifest:
+    """The manifest of the head, or of a version; as `path_of`."""
+    return runs.read_json(path_of(folder, version))
 
 
 def ids(folder: Path) -> list[str]:
@@ -62,16 +76,14 @@ def rollback(folder: Path, version: str) -> str:
 
 
 def _move(folder: Path, text: str, action: str) -> str:
-    head, home = folder / "manifest.json", folder / "versions"
-    before = runs.digest(head)[:16] if head.exists() else ""
-    home.mkdir(parents=True, exist_ok=True)
-    temporary = runs.write_text(home / ".new", text)
-    version = runs.digest(temporary)[:16]
-    temporary.replace(home / f"{version}.json")
+    """Version, history, head, in this order and each whole or not at all: a killed move is made good by the next."""
+    temporary, history = runs.write_text(folder / "versions/.new", text), log(folder)
+    version, before = runs.digest(temporary)[:16], history[0]["version"] if history else ""
+    temporary.replace(folder / f"versions/{version}.json")
     if version != before:
-        with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"at": runs.now(), "action": action, "version": version, "parent": before}) + "\n")
-        runs.write_text(head, text)
+        history.insert(0, {"at": runs.now(), "action": action, "version": version, "parent": before})
+        runs.write_text(folder / "history.jsonl", "".join(f"{json.dumps(line)}\n" for line in reversed(history)))
+    runs.write_text(folder / "manifest.json", text)
     return version
 
 
@@ -125,10 +137,10 @@ def verify(folder: Path, version: str = "", sample: int = 0) -> list[str]:
 
 
 def _spot(path: Path, entry: dict[str, Any], manifest: Manifest, sample: int) -> bool:
-    """Whether a shard is not what it was: its size, or one of `sample` blocks that its name draws."""
+    """Whether a shard is not what it was: its size, or one of `sample` blocks, other ones each time."""
     if path.stat().st_size != entry["tokens"] * np.dtype(manifest["dtype"]).itemsize:
         return True
-    known, drawn = sums(path), np.random.default_rng(int(entry["name"], 16)).permutation
+    known, drawn = sums(path), np.random.default_rng().permutation
     with path.open("rb") as file:
         for k in drawn(len(known))[:sample]:
             file.seek(int(k) * BLOCK)

@@ -1,12 +1,13 @@
 """Records -> immutable token shards under a versioned manifest; a build that is killed goes on where it was."""
 
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,6 +19,8 @@ from stackpkg.data import manifest as versions
 from stackpkg.params import Data
 
 BYTES = 3.5  # of text in a token, about: sets how many record files there are
+GROUP = 1 << 28  # bytes of text that are sorted at once
+BATCH = 256  # documents encoded at once
 SPLITS = ("train", "validation")
 INDEX = pa.schema([
     ("record_id", pa.string()), ("part", pa.int32()), ("domain", pa.string()), ("split", pa.string()),
@@ -26,50 +29,71 @@ INDEX = pa.schema([
 
 
 def split_of(domains: dict[str, str], share: float) -> dict[str, str]:
-    """record_id -> train or validation, by hash of the id; `domains` maps record_id -> domain, and a domain of two or
-    more documents holds out at least one."""
-    places: dict[str, dict[str, float]] = defaultdict(dict)
-    for record, domain in domains.items():
-        places[domain][record] = int(mixing.hashed(1, "validation", record)[0]) / 2.0**64
-    limits = {domain: max(share, min(found.values())) * (len(found) > 1) for domain, found in places.items()}
-    return {n: "validation" if at <= limits[d] else "train" for d, found in places.items() for n, at in found.items()}
+    """record_id -> train or validation, by hash of the id; `domains` maps record_id -> domain.
+
+    A domain of two or more documents has at least one on either side; the only one of a domain is trained on.
+    """
+    at = mixing.mix(codes(domains) ^ mixing.hashed(1, "validation")) / 2.0**64
+    coded = pa.array(domains.values(), pa.string()).dictionary_encode()
+    group, count = coded.indices.to_numpy(), len(coded.dictionary)
+    low, high = np.ones(count), np.zeros(count)
+    np.minimum.at(low, group, at)
+    np.maximum.at(high, group, at)
+    held = ((at <= share) | (at == low[group])) & (at < high[group])
+    return dict(zip(domains, np.where(held, "validation", "train").tolist(), strict=True))
+
+
+def codes(ids: Iterable[str]) -> np.ndarray:
+    """uint64[n], the numbers that record ids, of sixteen hexadecimal digits each, write."""
+    return np.frombuffer(bytes.fromhex("".join(ids)), ">u8").astype(np.uint64)
 
 
 def partition(parts: Sequence[Path], keep: pa.Table, folder: Path, data: Data) -> list[Path]:
     """The kept records as files `records/<sha>.parquet`, with the columns of `keep` (record_id, trust, ...) added.
 
-    A record's file follows from the hash of its id alone and files are sorted, so neither the order of the input nor
-    the boundaries of its parts matter. In memory is one file, or one part.
+    A record's file follows from its id, which is a hash, and files are sorted, so neither the order of the input nor
+    the boundaries of its parts matter. In memory is one part, or the records that make about `GROUP` bytes of text.
     """
-    ids, size = keep["record_id"].combine_chunks(), 0
-    for part in parts:
-        here = pq.read_table(part, columns=["record_id", "text"])
-        size += pc.sum(pc.binary_length(here["text"].filter(pc.is_in(here["record_id"], ids)))).as_py() or 0
-    buckets = max(1, round(size / (BYTES * data.shard_tokens)))
-    work = folder / "records/.work"
+    chosen, work = pd.Index(codes(keep["record_id"].to_pylist())), folder / "records/.work"
+
+    def tables() -> Iterator[pa.Table]:
+        for part in parts:
+            table = records.kept(pq.read_table(part))
+            where = chosen.get_indexer(codes(table["record_id"].to_pylist()))
+            table, where = table.filter(pa.array(where >= 0)), pa.array(where[where >= 0])
+            for name in keep.column_names[1:]:
+                table = table.append_column(name, keep[name].take(where))
+            yield table.drop_columns([name for name in ("kept", "decisions") if name in table.column_names])
+
+    size = sum(pc.sum(pc.binary_length(table["text"])).as_py() or 0 for table in tables())
+    buckets, groups = max(1, round(size / (BYTES * data.shard_tokens))), -(-size // GROUP)
+
+    def bucket(table: pa.Table) -> np.ndarray:
+        return (codes(table["record_id"].to_pylist()) >> 32) * np.uint64(buckets) >> 32  # ranges of the ids
+
     shutil.rmtree(work, ignore_errors=True)
-    for number, part in enumerate(parts):
-        table = records.kept(pq.read_table(part))
-        table = table.filter(pc.is_in(table["record_id"], ids)).drop_columns(
-            [name for name in ("kept", "decisions") if name in table.column_names]
-        )
-        codes = np.array([int(name, 16) * buckets >> 64 for name in table["record_id"].to_pylist()], np.int64)
-        for bucket in np.unique(codes).tolist():
-            engine.write(work / f"{bucket:05d}/{number:05d}.parquet", table.filter(pa.array(codes == bucket)))
-    made = []
+    for number, table in enumerate(tables()):
+        group, made = bucket(table) * np.uint64(groups) // np.uint64(buckets), list[Path]()
+        for place in np.unique(group).tolist():
+            engine.write(work / f"{place:05d}/{number:05d}.parquet", table.filter(pa.array(group == place)))
     for place in sorted(work.glob("*")):
         table = pa.concat_tables([pq.read_table(file) for file in sorted(place.glob("*.parquet"))]).sort_by("record_id")
-        where = pc.index_in(table["record_id"], ids)
-        for name in keep.column_names[1:]:
-            table = table.append_column(name, keep[name].take(where))
-        made.append(_named(engine.write(work / "file.parquet", table), folder / "records", ".parquet"))
+        inside = bucket(table)
+        for number in np.unique(inside):
+            file = engine.write(work / "file.parquet", table.filter(pa.array(inside == number)))
+            made.append(_named(file, folder / "records", ".parquet"))
     shutil.rmtree(work, ignore_errors=True)
     return made
 
 
 def _named(path: Path, home: Path, suffix: str) -> Path:
-    """Move a finished file to the name its content gives it."""
-    return path.replace(home / f"{versions.name_of(runs.digest(path))}{suffix}")
+    """Move a finished file to the name its content gives it; one that is there, and whole, stays."""
+    digest = runs.digest(path)
+    place = home / f"{versions.name_of(digest)}{suffix}"
+    if place.exists() and runs.digest(place) == digest:
+        path.unlink()
+        return place
+    return path.replace(place)
 
 
 def tokenise(part: pa.Table, model: Path, longest: int) -> pa.Table:
@@ -77,25 +101,32 @@ def tokenise(part: pa.Table, model: Path, longest: int) -> pa.Table:
 
     One of more than `longest` tokens is divided: after the last token that ends a line, or else at the limit.
     """
-    loaded = Tokenizer.from_file(str(model))
-    eos, rows = tokenizer.specials(loaded)["<eos>"], []
-    names, domains = (part[name].to_pylist() for name in ("record_id", "domain"))
-    ends = {number for text, number in loaded.get_vocab().items() if text.endswith(("\n", "Ċ"))}  # "Ċ": byte-level \n
-    for name, domain, ids in zip(names, domains, tokenizer.encode(loaded, part["text"].to_pylist()), strict=True):
-        for number, piece in enumerate(divide([*ids, eos], longest, ends)):
-            rows.append({"record_id": name, "part": number, "domain": domain, "tokens": piece})
-    schema = pa.schema([*list(INDEX)[:3], ("tokens", pa.large_list(pa.uint32()))])
-    return pa.Table.from_pylist(rows, schema)
+    loaded, pieces, counts = Tokenizer.from_file(str(model)), [np.empty(0, np.uint32)], list[int]()
+    eos, vocabulary = tokenizer.specials(loaded)["<eos>"], loaded.get_vocab().items()
+    ends = np.array([k for text, k in vocabulary if text.endswith(("\n", "Ċ"))])  # "Ċ": \n of byte-level tokenizers
+    for batch in part.select(["text"]).to_batches(max_chunksize=BATCH):
+        for ids in tokenizer.encode(loaded, batch["text"].to_pylist()):
+            ids.append(eos)
+            found = divide(np.fromiter(ids, np.uint32, len(ids)), longest, ends)
+            pieces += found
+            counts.append(len(found))
+    owner = np.repeat(np.arange(len(part)), counts)
+    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    offsets = np.cumsum([len(piece) for piece in pieces])
+    columns = [part["record_id"].take(owner), pa.array(number, pa.int32()), part["domain"].take(owner)]
+    tokens = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(pieces)))
+    return pa.table([*columns, tokens], names=[*INDEX.names[:3], "tokens"])
 
 
-def divide(ids: list[int], longest: int, ends: Iterable[int]) -> list[list[int]]:
+def divide(ids: np.ndarray, longest: int, ends: np.ndarray) -> list[np.ndarray]:
     """Pieces of at most `longest` tokens; each but the last ends a line where a line ends in its second half."""
-    pieces, line_ends = [], set(ends)
-    while len(ids) > longest:
-        cut = next((k for k in range(longest, longest // 2, -1) if ids[k - 1] in line_ends), longest)
-        pieces.append(ids[:cut])
-        ids = ids[cut:]
-    return [*pieces, ids]
+    if len(ids) <= longest:
+        return [ids]
+    places, cuts = np.append(0, np.flatnonzero(np.isin(ids, ends)) + 1), [0]
+    while len(ids) - cuts[-1] > longest:
+        last = int(places[np.searchsorted(places, cuts[-1] + longest, "right") - 1])
+        cuts.append(last if last > cuts[-1] + longest // 2 else cuts[-1] + longest)
+    return np.split(ids, cuts[1:])
 
 
 def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> dict[str, Any]:
@@ -110,7 +141,8 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     owners = [pq.read_table(part, columns=["record_id", "domain"]).to_pydict() for part in parts]
     domains = {name: d for table in owners for name, d in zip(table["record_id"], table["domain"], strict=True)}
     splits = split_of(domains, data.validation_share)
-    width = "uint16" if model.get_vocab_size() <= 65536 else "uint32"
+    vocabulary = max(model.get_vocab().values()) + 1  # ids of a loaded tokenizer may have gaps
+    width = "uint16" if vocabulary <= 65536 else "uint32"
     shards, index, counts = [], [INDEX.empty_table()], {split: Counter[str]() for split in SPLITS}
     for part, file in zip(parts, encoded, strict=True):
         table = pq.read_table(file)
@@ -130,7 +162,7 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     divided = rows.filter(pc.greater(rows["part"], 0))["record_id"]
     files = zip(parts, owners, strict=True)
     manifest = {
-        "format": 2, "dtype": width, "vocab_size": model.get_vocab_size(), "specials": special,
+        "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special,
         "pad_id": special["<pad>"], "eos_id": special["<eos>"], "longest_document": data.longest_document,
         "tokens": {split: dict(sorted(found.items())) for split, found in counts.items()},
         "mixture": mixing.shares(counts["train"], data.temperature, data.max_share),
@@ -144,41 +176,40 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
 
 def _shard(folder: Path, table: pa.Table, split: str, width: str) -> tuple[dict[str, Any], pa.Table]:
     """Write one shard and its checksums; its entry of the manifest, and its rows of the index."""
-    tokens = table["tokens"].combine_chunks()
+    tokens, home, size = table["tokens"].combine_chunks(), folder / "shards", len(table)
     lengths = pc.list_value_length(tokens).to_numpy().astype(np.int64)
-    home, raw = folder / "shards", pc.list_flatten(tokens).to_numpy().astype(width)
-    with runs.replacing(home / ".shard") as temporary:
-        raw.tofile(temporary)
-    path = _named(home / ".shard", home, ".bin")
-    with runs.replacing(path.with_suffix(".xxh")) as temporary:
-        versions.blocks(path).tofile(temporary)
-    entry = {
-        "name": path.stem,
-        "split": split,
-        "sha256": runs.digest(path),
-        "tokens": len(raw),
-        "documents": len(table),
-    }
-    entry["blocks_sha256"] = runs.digest(path.with_suffix(".xxh"))
-    size, offsets = len(table), np.cumsum(lengths) - lengths
+    path = _named(_raw(home / ".shard", tokens, width), home, ".bin")
+    sums = versions.write_sums(path)
+    entry = {"name": path.stem, "split": split, "tokens": int(lengths.sum()), "documents": size}
+    entry |= {"sha256": runs.digest(path), "blocks_sha256": runs.digest(sums)}
     columns = [*(table[name] for name in INDEX.names[:3]), pa.repeat(split, size), pa.repeat(path.stem, size)]
-    return entry, pa.table([*columns, offsets, lengths], schema=INDEX)
+    return entry, pa.table([*columns, np.cumsum(lengths) - lengths, lengths], schema=INDEX)
+
+
+def _raw(path: Path, tokens: pa.Array, width: str, sha256: str = "") -> Path:
+    """Write tokens as they lie in a shard. Raises `ValueError` when they ought to have another SHA-256."""
+    with runs.replacing(path) as temporary:
+        pc.list_flatten(tokens).to_numpy().astype(width).tofile(temporary)
+        if sha256 and runs.digest(temporary) != sha256:
+            raise ValueError(f"{path.name}, made again, differs from the manifest: another version of the tokenizers?")
+    return path
 
 
 def rebuild(folder: Path, name: str, version: str = "") -> Path:
     """Make one shard again from its records. Raises `ValueError` when it would not be the same bytes as before."""
     manifest = versions.read(folder, version)
-    entry = next(entry for entry in manifest["shards"] if entry["name"] == name)
+    entry = next((entry for entry in manifest["shards"] if entry["name"] == name), None)
+    if entry is None:
+        raise ValueError(f"shard {name!r} is none of {', '.join(entry['name'] for entry in manifest['shards'])}")
     part = folder / f"records/{entry['records']}.parquet"
-    index = pq.read_table(versions.index(folder, manifest), filters=[("shard", "=", name)]).sort_by("offset")
-    table = tokenise(pq.read_table(part), versions.tokenizer(folder, manifest), manifest["longest_document"])
-    mine = table.filter(pc.is_in(table["record_id"], index["record_id"].combine_chunks()))
-    raw = pc.list_flatten(mine["tokens"].combine_chunks()).to_numpy().astype(manifest["dtype"])
-    with runs.replacing(folder / f"shards/{name}.bin") as temporary:
-        raw.tofile(temporary)
-        if runs.digest(temporary) != entry["sha256"]:
-            raise ValueError(f"{name} rebuilt from {part.name} differs from the manifest: the records have changed")
-    path = folder / f"shards/{name}.bin"
-    with runs.replacing(path.with_suffix(".xxh")) as temporary:
-        versions.blocks(path).tofile(temporary)
+    index, model = versions.index(folder, manifest), versions.tokenizer(folder, manifest)
+    if broken := {f"{path.parent.name}/{path.name}" for path in (part, index, model)} & {
+        *versions.verify(folder, version)
+    }:
+        raise ValueError(f"shard {name} is made from {', '.join(sorted(broken))}, which changed or is gone: restore it")
+    mine = pq.read_table(index, filters=[("shard", "=", name), ("split", "=", entry["split"])])["record_id"]
+    table = tokenise(pq.read_table(part), model, manifest["longest_document"])
+    tokens = table.filter(pc.is_in(table["record_id"], mine.combine_chunks()))["tokens"].combine_chunks()
+    path = _raw(folder / f"shards/{name}.bin", tokens, manifest["dtype"], entry["sha256"])
+    versions.write_sums(path)
     return path

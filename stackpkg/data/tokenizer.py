@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stackpkg import runs
+from stackpkg.data import manifest
 
 SPECIALS = ["<pad>", "<eos>", "<query>", "<key>", "<value>"]
 PAD, EOS, QUERY, KEY, VALUE = range(len(SPECIALS))  # ids in a tokenizer trained here; `specials` tells any other's
@@ -24,13 +25,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(name: str) -> Tokenizer:
-    """A `tokenizer.json` file, or a hub id; special tokens it lacks are added. ValueError when neither is there."""
+    """A `tokenizer.json` file, or a hub id; special tokens it lacks are added. Raises `ValueError` when neither is
+    there, or when the tokenizer reads a control token where a text only names it."""
     file = runs.root() / name
     try:
-        model = Tokenizer.from_file(str(file)) if file.exists() else Tokenizer.from_pretrained(name)
+        local = file.exists() or name.endswith(".json")
+        model = Tokenizer.from_file(str(file)) if local else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"data.tokenizer {name!r} is no tokenizer file and no hub id that answers: {error}") from None
-    model.add_special_tokens([token for token in SPECIALS if model.token_to_id(token) is None])
+    model.no_truncation()  # a file may ask for either
+    model.no_padding()
+    model.add_special_tokens(SPECIALS)
+    if read := {*encode(model, [" ".join(SPECIALS)])[0]} & {*specials(model).values()}:
+        raise ValueError(f"data.tokenizer {name!r} reads text as control tokens {sorted(read)}: give another one")
     return model
 
 
@@ -53,8 +60,9 @@ def check_stamp(name: str, found: str, expected: str) -> None:
 
 def of_shards(folder: Path) -> Tokenizer:
     """The tokenizer the shards below `folder` were made with."""
-    file, manifest = folder / "tokenizer.json", runs.read_json(folder / "manifest.json")
-    check_stamp(file.name, runs.digest(file), manifest[STAMP])
+    found = manifest.read(folder)
+    file = manifest.tokenizer(folder, found)
+    check_stamp(f"tokenizer/{file.name}", runs.digest(file) if file.exists() else "", found[STAMP])
     return Tokenizer.from_file(str(file))
 
 
