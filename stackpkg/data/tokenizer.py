@@ -43,7 +43,8 @@ def load(name: str) -> Tokenizer:
 
 def specials(model: Tokenizer) -> dict[str, int]:
     """Id of each of `SPECIALS`."""
-    return {token: int(model.token_to_id(token)) for token in SPECIALS}
+    vocabulary = model.get_vocab()
+    return {token: vocabulary[token] for token in SPECIALS}
 
 
 def encode(model: Tokenizer, texts: list[str]) -> list[list[int]]:
