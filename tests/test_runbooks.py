@@ -77,7 +77,7 @@ def made_up_run() -> Path:
     shutil.rmtree(folder.path)
 
 
-NEEDS_DATA = ("Stream(", "shards.verify", "pairs.parquet")  # drilled by the notebooks, which have a corpus
+NEEDS_DATA = ("Ledger(", "Stream(", "manifest.verify", "pairs.parquet")  # drilled by the notebooks, which have a corpus
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stackpkg import runs
-from stackpkg.data import provenance
+from stackpkg.data import manifest, provenance
 from stackpkg.params import Params
 
 STATED = [
@@ -48,11 +48,9 @@ def _texts(files: Iterable[Path]) -> Iterator[str]:
 def facts(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
     """Everything the cards state, counted from the run: nothing is typed by hand.
 
-    Raises `ValueError` when the run has no records.
+    Raises `ValueError` when the run has no manifest.
     """
-    files = folder.matches("data/records/*.parquet")
-    if not files:
-        raise ValueError(f"no data/records/*.parquet in run {folder.name!r}: run the notebooks that make the corpus")
+    files = manifest.records(folder.path / "data")
     table = pa.concat_tables([pq.read_table(file, columns=STATED) for file in files])
     last = pd.Series(provenance.expiry(table, p.data)).agg(["min", "max"]).clip(upper=LATEST)
     named = table.to_pandas().fillna({"language": ""})
@@ -70,7 +68,7 @@ def facts(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
         "evidence": {path.stem: runs.read_json(path) for path in folder.matches("evidence/[0-5]*.json")},
         "counts": {key: list(map(tuple, table.itertuples(index=False))) for key, table in tables.items()},
         "records": {file.name: runs.digest(file) for file in files},
-        "records_sha256": runs.digest(folder.path / "data/records"),
+        "records_sha256": runs.digest(folder.path / "data/manifest.json"),
         "trust": named["trust"].describe().round(4).to_dict(),
         "hashes": named["hash_status"].value_counts().to_dict(),
         "may": {use: int(named[use].sum()) for use in ("may_copy", "may_use_tools")},
