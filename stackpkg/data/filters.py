@@ -78,6 +78,14 @@ class Page:
         self.lines = [line for line in map(str.strip, text.split("\n")) if line]
 
     @cached_property
+    def lower(self) -> str:
+        return self.text.lower()
+
+    @cached_property
+    def scripted(self) -> bool:
+        return "javascript" in self.lower
+
+    @cached_property
     def characters(self) -> int:
         """Those that are not white space."""
         return sum(map(len, self.words))
@@ -101,8 +109,13 @@ class Page:
     @cached_property
     def sentences(self) -> int:
         """In the lines that C4 leaves: terminal punctuation, at least three words, no javascript."""
-        left = (s for s in self.lines if s.endswith(TERMINAL) and s.count(" ") > 1 and "javascript" not in s.lower())
+        left = (
+            line for line in self.lines if line.endswith(TERMINAL) and line.count(" ") > 1 and not self.script(line)
+        )
         return sum(max(1, len(SENTENCE.findall(line))) for line in left)
+
+    def script(self, line: str) -> bool:
+        return self.scripted and "javascript" in line.lower()
 
     def lines_where(self, test: Callable[[str], bool]) -> float:
         return sum(map(test, self.lines)) / max(1, len(self.lines))
@@ -169,8 +182,8 @@ GOPHER_REPETITION: list[Row] = [
 ]
 C4: list[Row] = [
     ("c4_terminal_punctuation", ">", 0, _ending(TERMINAL)),
-    ("c4_javascript", "<", 1, lambda p: p.lines_where(lambda line: "javascript" in line.lower())),
-    ("c4_lorem_ipsum", "<=", 0, lambda p: p.text.lower().count("lorem ipsum")),
+    ("c4_javascript", "<", 1, lambda p: p.lines_where(p.script)),
+    ("c4_lorem_ipsum", "<=", 0, lambda p: p.lower.count("lorem ipsum")),
     ("c4_curly_bracket", "<=", 0, lambda p: p.text.count("{")),
     ("c4_min_num_sentences", ">=", 5, lambda p: p.sentences),
 ]
@@ -255,7 +268,8 @@ def apply(part: pa.Table, data: Data, models: Path | None) -> pa.Table:
         for k, value in zip(rows.tolist(), perplexity.score(part.take(rows), models), strict=True):
             values[k] = value
     kept, decisions = [], []
-    for row, (_, counts), value in zip(part.to_pylist(), scrubbed, values, strict=True):
+    seen = part.select([name for name in names if name in ("domain", "licence", "text", "language", "language_score")])
+    for row, (_, counts), value in zip(seen.to_pylist(), scrubbed, values, strict=True):
         found = [
             (name, float(v), float(limit), "keep" if SIGNS[sign](v, limit) else "drop")
             for name, v, sign, limit in _asked(row, data, value)
