@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-PERSONAL = ("email", "iban", "payment_card", "ip_address", "phone")
+PERSONAL = ("email", "ip_address", "iban", "payment_card", "phone")
 SECRETS = ("private_key", "cloud_key", "access_token", "jwt", "password")
+MASKS = tuple(f"<{kind}>" for kind in (*SECRETS, *PERSONAL))
 # Length of an IBAN by country (SWIFT registry)
 IBAN = re.findall(
     r"(\w\w)(\d\d)",
@@ -84,7 +85,7 @@ FINDERS = [Finder(kind, tuple(hints.split()), re.compile(pattern), *check) for k
     ("cloud_key", "AccountKey=", r"AccountKey=([A-Za-z0-9+/]{86}==)"),
     ("access_token", "ghp_ gho_ ghu_ ghs_ ghr_", r"\b(gh[pousr]_[A-Za-z0-9]{36,251})\b", _random),
     ("access_token", "github_pat_", r"\b(github_pat_\w{82})\b"),
-    ("access_token", "glpat- gldt- glrt-", r"\b(gl(?:pat|dt|rt)-[\w-]{20,64})(?![\w-])", _random),
+    ("access_token", "glpat- gldt- glrt-", r"\b(gl(?:pat|dt|rt)-[\w-]{20,255})", _random),
     ("access_token", "xox", r"\b(xox[abeoprs]-(?:\d+-)[\w-]{10,200})", _random),
     ("access_token", "hooks.slack.com", r"hooks\.slack\.com/services/(T\w{8,12}/B\w{8,12}/\w{20,28})", _random),
     ("access_token", "k_live_ k_test_", r"\b([rs]k_(?:live|test)_[A-Za-z0-9]{16,128})\b", _random),
@@ -103,12 +104,12 @@ FINDERS = [Finder(kind, tuple(hints.split()), re.compile(pattern), *check) for k
             r"[\"']([\w+/=.!@#%^&*~?-]{12,256})[\"']", _random),
     ("email", "@", r"([A-Za-z0-9_](?<![\w.+%/-].)[\w.+%-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,12})"
             r"(?![\w(@-])", _email),
+    ("ip_address", ".", r"(\d(?<![\w.=/+-].)(?<!ersion .)\d{0,2}(?:\.\d{1,3}){3})(?![\w-]|\.\w)", _address),
+    ("ip_address", ":", r"([23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34})(?![\w:])", _address),  # 2000::/3
     ("iban", "", r"([A-Z](?<![\w-].)[A-Z]\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?)(?![\w-])", _iban),
     ("payment_card", "",
             r"([2-6](?<![\w.,+/(=\[-].)(?:(?:(?<=4)\d|(?<=5)[1-5]|(?<=2)[2-7]|(?<=6)5)\d\d|(?<=6)011)"
             r"([ -]?)\d{4}\2\d{4}\2\d{4}|3(?<![\w.,+/(=\[-].)[47]\d\d([ -]?)\d{6}\3\d{5})(?![\w.,/-]*\d)", _luhn),
-    ("ip_address", ".", r"(\d(?<![\w.=/+-].)(?<!ersion .)\d{0,2}(?:\.\d{1,3}){3})(?![\w-]|\.\w)", _address),
-    ("ip_address", ":", r"([23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34})(?![\w:])", _address),  # 2000::/3
     ("phone", "+",
             r"(\+(?<![\w+./)\]=-].)[1-9]\d{0,2}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\(?\d{2,4}\)?){1,5})(?![\w.-]*\d)", _phone),
 )]  # fmt: skip
@@ -124,7 +125,8 @@ def scrub(text: str, personal: bool, secrets: bool) -> tuple[str, dict[str, int]
             continue
 
         def masked(match: re.Match[str], kind: str = kind, check: Callable[[str], bool] = check) -> str:
-            if not check(match[1]):
+            # what follows a placeholder at once was part of a longer word before: it stays, on every later pass too
+            if not check(match[1]) or match.string[max(0, match.start(1) - 16) : match.start(1)].endswith(MASKS):
                 return match[0]
             counts[kind] += 1
             start = match.start(1) - match.start()
