@@ -50,7 +50,7 @@ def _repetition(words: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         best, weight, end, covered = -1, 0, 0, 0
         for i in range(len(words) - n + 1):
             grams[i] = mixed(grams[i] * GOLDEN + words[i + n - 1])
-            place = np.int64(grams[i] & np.uint64(size - 1))
+            place: Any = np.int64(grams[i] & np.uint64(size - 1))
             while counts[place] and keys[place] != grams[i]:
                 place = (place + 1) & (size - 1)
             keys[place], places[i] = grams[i], place
@@ -78,6 +78,14 @@ class Page:
         self.lines = [line for line in map(str.strip, text.split("\n")) if line]
 
     @cached_property
+    def lower(self) -> str:
+        return self.text.lower()
+
+    @cached_property
+    def scripted(self) -> bool:
+        return "javascript" in self.lower
+
+    @cached_property
     def characters(self) -> int:
         """Those that are not white space."""
         return sum(map(len, self.words))
@@ -101,8 +109,13 @@ class Page:
     @cached_property
     def sentences(self) -> int:
         """In the lines that C4 leaves: terminal punctuation, at least three words, no javascript."""
-        left = (s for s in self.lines if s.endswith(TERMINAL) and s.count(" ") > 1 and "javascript" not in s.lower())
+        left = (
+            line for line in self.lines if line.endswith(TERMINAL) and line.count(" ") > 1 and not self.script(line)
+        )
         return sum(max(1, len(SENTENCE.findall(line))) for line in left)
+
+    def script(self, line: str) -> bool:
+        return self.scripted and "javascript" in line.lower()
 
     def lines_where(self, test: Callable[[str], bool]) -> float:
         return sum(map(test, self.lines)) / max(1, len(self.lines))
@@ -122,6 +135,9 @@ def _alphabetic_words(page: Page) -> float:
     return 1 - sum(not any(map(str.isalpha, word)) for word in mixed_words) / max(1, len(page.words))
 
 
+Row = tuple[str, str, float, Callable[[Page], float]]  # name, sign, the paper's threshold, statistic
+
+
 class Heuristic(NamedTuple):
     """A document is kept when `statistic` compares so with the threshold."""
 
@@ -131,50 +147,55 @@ class Heuristic(NamedTuple):
     statistic: Callable[[Page], float]
 
 
-HEURISTICS: dict[str, Heuristic] = {
-    # "between 50 and 100,000 words, or whose mean word length is outside the range of 3 to 10 characters"
-    "gopher_min_doc_words": Heuristic("gopher_quality", ">=", 50, lambda p: len(p.words)),
-    "gopher_max_doc_words": Heuristic("gopher_quality", "<=", 100_000, lambda p: len(p.words)),
-    "gopher_min_avg_word_length": Heuristic("gopher_quality", ">=", 3, lambda p: p.characters / max(1, len(p.words))),
-    "gopher_max_avg_word_length": Heuristic("gopher_quality", "<=", 10, lambda p: p.characters / max(1, len(p.words))),
-    # "a symbol-to-word ratio greater than 0.1 for either the hash symbol or the ellipsis"
-    "gopher_hash_word_ratio": Heuristic("gopher_quality", "<=", 0.1, lambda p: p.per_word("#")),
-    "gopher_ellipsis_word_ratio": Heuristic("gopher_quality", "<=", 0.1, lambda p: p.per_word("...", "…")),
-    "gopher_max_bullet_lines_ratio": Heuristic(
-        "gopher_quality", "<=", 0.9, lambda p: p.lines_where(lambda line: line.startswith(BULLETS))
-    ),
-    "gopher_max_ellipsis_lines_ratio": Heuristic(
-        "gopher_quality", "<=", 0.3, lambda p: p.lines_where(lambda line: line.endswith(("...", "…")))
-    ),
-    "gopher_min_alpha_words_ratio": Heuristic("gopher_quality", ">=", 0.8, _alphabetic_words),
-    "gopher_min_stop_words": Heuristic("gopher_quality", ">=", 2, lambda p: len(STOP_WORDS.intersection(p.words))),
-    # table A1
-    "gopher_dup_line_frac": Heuristic("gopher_repetition", "<=", 0.30, lambda p: duplicates(p.lines)[0]),
-    "gopher_dup_para_frac": Heuristic("gopher_repetition", "<=", 0.30, lambda p: duplicates(p.paragraphs)[0]),
-    "gopher_dup_line_char_frac": Heuristic("gopher_repetition", "<=", 0.20, lambda p: duplicates(p.lines)[1]),
-    "gopher_dup_para_char_frac": Heuristic("gopher_repetition", "<=", 0.20, lambda p: duplicates(p.paragraphs)[1]),
-    **{
-        f"gopher_{'top' if n < 5 else 'dup'}_{n}_gram_char_frac": Heuristic(
-            "gopher_repetition",
-            "<=",
-            limit,
-            lambda p, n=n: p.repetition[n],  # type: ignore[misc]
-        )
-        for n, limit in enumerate((0.20, 0.18, 0.16, 0.15, 0.14, 0.13, 0.12, 0.11, 0.10), 2)
-    },
-    "c4_terminal_punctuation": Heuristic("c4", ">", 0, lambda p: p.lines_where(lambda line: line.endswith(TERMINAL))),
-    "c4_javascript": Heuristic("c4", "<", 1, lambda p: p.lines_where(lambda line: "javascript" in line.lower())),
-    "c4_lorem_ipsum": Heuristic("c4", "<=", 0, lambda p: p.text.lower().count("lorem ipsum")),
-    "c4_curly_bracket": Heuristic("c4", "<=", 0, lambda p: p.text.count("{")),
-    "c4_min_num_sentences": Heuristic("c4", ">=", 5, lambda p: p.sentences),
-    # "fraction of lines ending with punctuation <= 0.12, of characters in duplicated lines >= 0.1, of lines shorter
-    # than 30 characters >= 0.67" are removed
-    "fineweb_line_punct": Heuristic(
-        "fineweb", ">", 0.12, lambda p: p.lines_where(lambda line: line.endswith(TERMINAL))
-    ),
-    "fineweb_char_duplicates": Heuristic("fineweb", "<", 0.1, lambda p: duplicates(p.lines)[1]),
-    "fineweb_short_line": Heuristic("fineweb", "<", 0.67, lambda p: p.lines_where(lambda line: len(line) < 30)),
-}
+def _ending(ends: tuple[str, ...]) -> Callable[[Page], float]:
+    return lambda page: page.lines_where(lambda line: line.endswith(ends))
+
+
+# removed are documents without "between 50 and 100,000 words, or whose mean word length is outside the range of 3 to 10
+# characters", and with "a symbol-to-word ratio greater than 0.1 for either the hash symbol or the ellipsis"; table A1
+GOPHER_QUALITY: list[Row] = [
+    ("gopher_min_doc_words", ">=", 50, lambda p: len(p.words)),
+    ("gopher_max_doc_words", "<=", 100_000, lambda p: len(p.words)),
+    ("gopher_min_avg_word_length", ">=", 3, lambda p: p.characters / max(1, len(p.words))),
+    ("gopher_max_avg_word_length", "<=", 10, lambda p: p.characters / max(1, len(p.words))),
+    ("gopher_hash_word_ratio", "<=", 0.1, lambda p: p.per_word("#")),
+    ("gopher_ellipsis_word_ratio", "<=", 0.1, lambda p: p.per_word("...", "…")),
+    ("gopher_max_bullet_lines_ratio", "<=", 0.9, lambda p: p.lines_where(lambda line: line.startswith(BULLETS))),
+    ("gopher_max_ellipsis_lines_ratio", "<=", 0.3, _ending(("...", "…"))),
+    ("gopher_min_alpha_words_ratio", ">=", 0.8, _alphabetic_words),
+    ("gopher_min_stop_words", ">=", 2, lambda p: len(STOP_WORDS.intersection(p.words))),
+]
+GOPHER_REPETITION: list[Row] = [
+    ("gopher_dup_line_frac", "<=", 0.30, lambda p: duplicates(p.lines)[0]),
+    ("gopher_dup_para_frac", "<=", 0.30, lambda p: duplicates(p.paragraphs)[0]),
+    ("gopher_dup_line_char_frac", "<=", 0.20, lambda p: duplicates(p.lines)[1]),
+    ("gopher_dup_para_char_frac", "<=", 0.20, lambda p: duplicates(p.paragraphs)[1]),
+    ("gopher_top_2_gram_char_frac", "<=", 0.20, lambda p: p.repetition[2]),
+    ("gopher_top_3_gram_char_frac", "<=", 0.18, lambda p: p.repetition[3]),
+    ("gopher_top_4_gram_char_frac", "<=", 0.16, lambda p: p.repetition[4]),
+    ("gopher_dup_5_gram_char_frac", "<=", 0.15, lambda p: p.repetition[5]),
+    ("gopher_dup_6_gram_char_frac", "<=", 0.14, lambda p: p.repetition[6]),
+    ("gopher_dup_7_gram_char_frac", "<=", 0.13, lambda p: p.repetition[7]),
+    ("gopher_dup_8_gram_char_frac", "<=", 0.12, lambda p: p.repetition[8]),
+    ("gopher_dup_9_gram_char_frac", "<=", 0.11, lambda p: p.repetition[9]),
+    ("gopher_dup_10_gram_char_frac", "<=", 0.10, lambda p: p.repetition[10]),
+]
+C4: list[Row] = [
+    ("c4_terminal_punctuation", ">", 0, _ending(TERMINAL)),
+    ("c4_javascript", "<", 1, lambda p: p.lines_where(p.script)),
+    ("c4_lorem_ipsum", "<=", 0, lambda p: p.lower.count("lorem ipsum")),
+    ("c4_curly_bracket", "<=", 0, lambda p: p.text.count("{")),
+    ("c4_min_num_sentences", ">=", 5, lambda p: p.sentences),
+]
+# removed are pages whose "fraction of lines ending with punctuation" is <= 0.12, "fraction of characters in duplicated
+# lines" >= 0.1, "fraction of lines shorter than 30 characters" >= 0.67
+FINEWEB: list[Row] = [
+    ("fineweb_line_punct", ">", 0.12, _ending(TERMINAL)),
+    ("fineweb_char_duplicates", "<", 0.1, lambda p: duplicates(p.lines)[1]),
+    ("fineweb_short_line", "<", 0.67, lambda p: p.lines_where(lambda line: len(line) < 30)),
+]
+FAMILIES = {"gopher_quality": GOPHER_QUALITY, "gopher_repetition": GOPHER_REPETITION, "c4": C4, "fineweb": FINEWEB}
+HEURISTICS = {row[0]: Heuristic(family, *row[1:]) for family, rows in FAMILIES.items() for row in rows}
 ASKED = {  # what is asked beside the families; its parameters are fields of `Data`
     "min_words": ">=", "max_document_kb": "<=", "min_alphabetic": ">=", "licence": ">=", "language": ">=",
     "language_score": ">=", "perplexity_low": ">=", "perplexity_high": "<=",
@@ -246,22 +267,17 @@ def apply(part: pa.Table, data: Data, models: Path | None) -> pa.Table:
         rows = np.flatnonzero(prose)
         for k, value in zip(rows.tolist(), perplexity.score(part.take(rows), models), strict=True):
             values[k] = value
-    columns: tuple[list[Any], ...] = ([], [], [], [])
-    kept, offsets = [], [0]
-    for row, (_, counts), value in zip(part.to_pylist(), scrubbed, values, strict=True):
+    kept, decisions = [], []
+    seen = part.select([name for name in names if name in ("domain", "licence", "text", "language", "language_score")])
+    for row, (_, counts), value in zip(seen.to_pylist(), scrubbed, values, strict=True):
         found = [
-            (name, float(v), float(t), "keep" if SIGNS[sign](v, t) else "drop")
-            for name, v, sign, t in _asked(row, data, value)
+            (name, float(v), float(limit), "keep" if SIGNS[sign](v, limit) else "drop")
+            for name, v, sign, limit in _asked(row, data, value)
         ]
         for kind, count in counts.items():
             group = "secret" if kind in SECRETS else "personal"
             found.append((f"{group}_{kind}", float(count), 0.0, policy[group] if count else "keep"))
-        kept.append(all(item[3] != "drop" for item in found))
-        offsets.append(offsets[-1] + len(found))
-        for column, items in zip(columns, zip(*found, strict=True), strict=True):
-            column.extend(items)
-    inner = [pa.array(column, field.type) for column, field in zip(columns, records.DECISION, strict=True)]
-    decisions = pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(inner, fields=list(records.DECISION))
-    )
-    return part.append_column("kept", pa.array(kept, pa.bool_())).append_column("decisions", decisions)
+        kept.append(all(verdict != "drop" for *_, verdict in found))
+        decisions.append(found)
+    part = part.append_column("kept", pa.array(kept, pa.bool_()))
+    return part.append_column("decisions", pa.array(decisions, records.DECISIONS))

@@ -129,11 +129,11 @@ def _train(texts: Sequence[str], content: Sequence[str]) -> Model:
     return model._replace(quantiles=np.quantile(perplexities(texts, content, model), GRID))
 
 
-def _lowest(documents: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
-    """Those with the lowest draws, until their lengths reach `SAMPLE`."""
-    ranked = sorted(documents.items(), key=lambda item: item[1])
-    below = accumulate((length for _, (_, length, _) in ranked), initial=0)
-    return {content: found for (content, found), size in zip(ranked, below, strict=False) if size < SAMPLE}
+def _lowest(texts: dict[str, str]) -> dict[str, str]:
+    """By content hash, those with the lowest draws until they hold `SAMPLE` characters."""
+    ranked = sorted(texts, key=_draw)
+    below = accumulate((len(texts[content]) for content in ranked), initial=0)
+    return {content: texts[content] for content, size in zip(ranked, below, strict=False) if size < SAMPLE}
 
 
 def fit(parts: Sequence[Path], folder: Path, data: Data) -> list[Path]:
@@ -141,33 +141,24 @@ def fit(parts: Sequence[Path], folder: Path, data: Data) -> list[Path]:
 
     Prose: domains whose families contain perplexity, where the language is known with `data.min_language_score`.
     Trained on the documents with the lowest hash of content, once each, up to `SAMPLE` characters: the order of the
-    parts does not matter. Holds one language's sample at a time. With `data.perplexity_model` nothing is trained.
+    parts does not matter. Holds `SAMPLE` a language, and a part. With `data.perplexity_model` nothing is trained.
     """
-    if data.perplexity_model:
-        return []
-    found: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)  # language -> content -> draw, length, part
+    found: dict[str, dict[str, str]] = defaultdict(dict)
     columns = ["domain", "language", "language_score", "content_hash", "text"]
-    for place, path in enumerate(parts):
-        for batch in pq.ParquetFile(path).iter_batches(1000, columns=columns):
-            for domain, language, score, content, text in zip(*(column.to_pylist() for column in batch), strict=True):
-                prose = "perplexity" in data.filters.get(domain, data.filters.get("*", []))
-                if prose and score >= data.min_language_score and re.fullmatch("[a-z]{2,3}", language):
-                    found[language].setdefault(content, (_draw(content), len(text), place))
-        for language in found:
-            found[language] = _lowest(found[language])
+    for path in () if data.perplexity_model else parts:
+        for domain, language, score, content, text in zip(
+            *(column.to_pylist() for column in pq.read_table(path, columns=columns)), strict=True
+        ):
+            prose = "perplexity" in data.filters.get(domain, data.filters.get("*", []))
+            if prose and score >= data.min_language_score and re.fullmatch("[a-z]{2,3}", language):
+                found[language][content] = text
+        found = defaultdict(dict, {language: _lowest(texts) for language, texts in found.items()})
     made = []
-    for language, chosen in sorted(found.items()):
-        if sum(length for _, length, _ in chosen.values()) < LEAST:
-            continue
-        texts: dict[str, str] = {}
-        for place in sorted({place for _, _, place in chosen.values()}):
-            for batch in pq.ParquetFile(parts[place]).iter_batches(1000, columns=["content_hash", "text"]):
-                pairs = zip(batch["content_hash"].to_pylist(), batch["text"].to_pylist(), strict=True)
-                texts |= {content: text for content, text in pairs if content in chosen}
-        with runs.replacing(folder / f"{language}.npz") as temporary, temporary.open("wb") as stream:
-            order = sorted(texts)
-            np.savez_compressed(stream, **_train([texts[content] for content in order], order)._asdict())
-        made.append(folder / f"{language}.npz")
+    for language, texts in sorted(found.items()):
+        if sum(map(len, texts.values())) >= LEAST:
+            made.append(folder / f"{language}.npz")
+            with runs.replacing(made[-1]) as temporary, temporary.open("wb") as stream:
+                np.savez_compressed(stream, **_train(list(texts.values()), list(texts))._asdict())
     return made
 
 

@@ -86,36 +86,22 @@ def metrics(parts: Sequence[Path]) -> pd.DataFrame:
     distinct); alphabetic (mean share of letters); language and language_share (the most frequent one);
     perplexity (median); duplicates (share whose content another document has).
     """
-    seen: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    made = []
     for row in _rows(parts, "domain", "text", "content_hash", "language", "kept", "decisions"):
-        if not row.get("kept", True):
-            continue
-        page, found = Page(row["text"]), seen[row["domain"]]
-        asked = {item["filter"]: item["value"] for item in row.get("decisions", ())}
-        found["mb"].append(len(page.text.encode(errors="replace")) / 1e6)
-        found["words"].append(len(page.words))
-        found["unique"].append(len(set(page.words)) / max(1, len(page.words)))
-        found["alphabetic"].append(page.alphabetic)
-        found["language"].append(row.get("language", ""))
-        found["content"].append(row["content_hash"])
-        found["perplexity"] += [v for k in ("perplexity_high", "perplexity_low") if (v := asked.get(k)) is not None][:1]
-    rows = {}
-    for domain, found in sorted(seen.items()):
-        language, often = Counter(found["language"]).most_common(1)[0]
-        n = len(found["words"])
-        rows[domain] = {
-            "documents": n,
-            "mb": sum(found["mb"]),
-            "words": sum(found["words"]),
-            "median_words": float(np.median(found["words"])),
-            "unique_words": float(np.mean(found["unique"])),
-            "alphabetic": float(np.mean(found["alphabetic"])),
-            "language": language,
-            "language_share": often / n,
-            "perplexity": float(np.median(found["perplexity"])) if found["perplexity"] else float("nan"),
-            "duplicates": 1 - len(set(found["content"])) / n,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("domain")
+        if row.get("kept", True):
+            page, asked = Page(row["text"]), {item["filter"]: item["value"] for item in row.get("decisions", ())}
+            size, n = len(page.text.encode(errors="replace")) / 1e6, len(page.words)
+            distinct, ppl = len(set(page.words)) / max(1, n), asked.get("perplexity_high", asked.get("perplexity_low"))
+            language, content = row.get("language", ""), row["content_hash"]
+            made.append((row["domain"], size, n, distinct, page.alphabetic, language, ppl, content))
+    names = ["domain", "mb", "words", "unique_words", "alphabetic", "language", "perplexity", "content"]
+    by = pd.DataFrame(made, columns=names).astype({"perplexity": float}).groupby("domain")
+    columns = {"documents": by.size(), "mb": by["mb"].sum(), "words": by["words"].sum()}
+    columns |= {"median_words": by["words"].median(), "unique_words": by["unique_words"].mean()}
+    columns |= {"alphabetic": by["alphabetic"].mean(), "language": by["language"].agg(lambda codes: codes.mode()[0])}
+    columns |= {"language_share": by["language"].agg(lambda codes: codes.value_counts(normalize=True).max())}
+    columns |= {"perplexity": by["perplexity"].median(), "duplicates": 1 - by["content"].nunique() / by.size()}
+    return pd.DataFrame(columns)
 
 
 def losses(parts: Sequence[Path], stage: str) -> pd.DataFrame:
@@ -161,8 +147,7 @@ def report(before: pd.DataFrame, after: pd.DataFrame, path: Path) -> Path:
     from stackpkg.evaluation.report import Measured
 
     def flat(frame: pd.DataFrame) -> dict[str, float]:
-        numbers = frame.reindex(before.index).select_dtypes("number")
-        numbers[[name for name in COUNTED if name in numbers]] = numbers.reindex(columns=list(COUNTED)).fillna(0)
+        numbers = frame.reindex(before.index).fillna(dict.fromkeys(COUNTED, 0)).select_dtypes("number")
         found = numbers.stack(future_stack=True).items()
         return {f"{html.escape(str(domain))}: {name}": float(value) for (domain, name), value in found}
 

@@ -11,19 +11,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-PERSONAL = ("email", "iban", "payment_card", "ip_address", "phone")
+PERSONAL = ("email", "ip_address", "iban", "payment_card", "phone")
 SECRETS = ("private_key", "cloud_key", "access_token", "jwt", "password")
+MASKS = tuple(f"<{kind}>" for kind in (*SECRETS, *PERSONAL))
 # Length of an IBAN by country (SWIFT registry)
-IBAN = {
-    code: int(length)
-    for length, codes in {
-        "15": "NO", "16": "BE", "18": "DK FI NL FO GL", "19": "MK SI", "20": "AT BA EE KZ LT LU XK",
-        "21": "CH HR LI LV", "22": "BG BH DE GB IE ME RS GE", "23": "AE IL", "24": "AD CZ ES MD PK RO SA SE SK TN VG",
-        "25": "PT", "26": "IS TR", "27": "FR GR IT MC SM", "28": "AL AZ CY DO HU LB PL", "29": "BR PS QA UA",
-        "30": "JO KW MU", "31": "MT SC",
-    }.items()
-    for code in codes.split()
-}  # fmt: skip
+IBAN = re.findall(
+    r"(\w\w)(\d\d)",
+    "NO15 BE16 DK18 FI18 NL18 FO18 GL18 MK19 SI19 AT20 BA20 EE20 KZ20 LT20 LU20 XK20 CH21 HR21 LI21 LV21 BG22 "
+    "BH22 DE22 GB22 IE22 ME22 RS22 GE22 AE23 IL23 AD24 CZ24 ES24 MD24 PK24 RO24 SA24 SE24 SK24 TN24 VG24 PT25 "
+    "IS26 TR26 FR27 GR27 IT27 MC27 SM27 AL28 AZ28 CY28 DO28 HU28 LB28 PL28 BR29 PS29 QA29 UA29 JO30 KW30 MU30 "
+    "MT31 SC31",
+)
 RESERVED = re.compile(r"(?:^|[@.])(?:example(?:\.\w+)?|test|invalid|localhost|local|internal)$", re.I)  # RFC 2606, 6762
 TOP = re.compile(
     r"\.(?:[a-z]{2}|arpa|app|biz|cloud|com|coop|dev|edu|gov|info|int|mil|museum|name|net|online|org|pro|site|tech|xyz)$",
@@ -38,7 +36,7 @@ def _email(found: str) -> bool:
 def _iban(found: str) -> bool:
     code = found.replace(" ", "")
     # the number, rotated by four, letters as 10 to 35, is 1 modulo 97        (ISO 13616, ISO 7064 MOD 97-10)
-    return IBAN.get(code[:2]) == len(code) and int("".join(str(int(c, 36)) for c in code[4:] + code[:4])) % 97 == 1
+    return (code[:2], str(len(code))) in IBAN and int("".join(str(int(c, 36)) for c in code[4:] + code[:4])) % 97 == 1
 
 
 def _luhn(found: str) -> bool:
@@ -78,47 +76,43 @@ class Finder(NamedTuple):
     check: Callable[[str], bool] = bool
 
 
-def _finder(kind: str, hints: str, pattern: str, check: Callable[[str], bool] = bool) -> Finder:
-    return Finder(kind, tuple(hints.split()), re.compile(pattern), check)
-
-
-FINDERS = (
-    _finder("private_key", "PRIVATE", r"(-----BEGIN [A-Z0-9 ]{0,20}PRIVATE KEY(?: BLOCK)?-----"
+FINDERS = [Finder(kind, tuple(hints.split()), re.compile(pattern), *check) for kind, hints, pattern, *check in (
+    ("private_key", "PRIVATE", r"(-----BEGIN [A-Z0-9 ]{0,20}PRIVATE KEY(?: BLOCK)?-----"
             r"[\w+/=\s\\,:\"'-]{64,12000}?-----END [A-Z0-9 ]{0,20}PRIVATE KEY(?: BLOCK)?-----)"),
-    _finder("cloud_key", "AKIA ASIA ABIA ACCA", r"\b(A(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16})\b",
+    ("cloud_key", "AKIA ASIA ABIA ACCA", r"\b(A(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16})\b",
             lambda s: "EXAMPLE" not in s),
-    _finder("cloud_key", "AIza GOCSPX- ya29.", r"\b(AIza[\w-]{35}|GOCSPX-[\w-]{28}|ya29\.[\w-]{30,})(?![\w-])"),
-    _finder("cloud_key", "AccountKey=", r"AccountKey=([A-Za-z0-9+/]{86}==)"),
-    _finder("access_token", "ghp_ gho_ ghu_ ghs_ ghr_", r"\b(gh[pousr]_[A-Za-z0-9]{36,251})\b", _random),
-    _finder("access_token", "github_pat_", r"\b(github_pat_\w{82})\b"),
-    _finder("access_token", "glpat- gldt- glrt-", r"\b(gl(?:pat|dt|rt)-[\w-]{20,64})(?![\w-])", _random),
-    _finder("access_token", "xox", r"\b(xox[abeoprs]-(?:\d+-)[\w-]{10,200})", _random),
-    _finder("access_token", "hooks.slack.com", r"hooks\.slack\.com/services/(T\w{8,12}/B\w{8,12}/\w{20,28})", _random),
-    _finder("access_token", "k_live_ k_test_", r"\b([rs]k_(?:live|test)_[A-Za-z0-9]{16,128})\b", _random),
-    _finder("access_token", "hf_ npm_", r"\b(hf_[A-Za-z]{34}|npm_[A-Za-z0-9]{36})\b", lambda s: len(set(s)) > 12),
-    _finder("access_token", "T3BlbkFJ sk-ant-", r"\b(sk-[\w-]{16,120}T3BlbkFJ[\w-]{16,120}|sk-ant-[\w-]{80,120})"),
-    _finder("access_token", "pypi-AgE dckr_pat_ hvs.", r"\b(pypi-AgE[\w-]{50,200}|"
+    ("cloud_key", "AIza GOCSPX- ya29.", r"\b(AIza[\w-]{35}|GOCSPX-[\w-]{28}|ya29\.[\w-]{30,})(?![\w-])"),
+    ("cloud_key", "AccountKey=", r"AccountKey=([A-Za-z0-9+/]{86}==)"),
+    ("access_token", "ghp_ gho_ ghu_ ghs_ ghr_", r"\b(gh[pousr]_[A-Za-z0-9]{36,251})\b", _random),
+    ("access_token", "github_pat_", r"\b(github_pat_\w{82})\b"),
+    ("access_token", "glpat- gldt- glrt-", r"\b(gl(?:pat|dt|rt)-[\w-]{20,255})", _random),
+    ("access_token", "xox", r"\b(xox[abeoprs]-(?:\d+-)[\w-]{10,200})", _random),
+    ("access_token", "hooks.slack.com", r"hooks\.slack\.com/services/(T\w{8,12}/B\w{8,12}/\w{20,28})", _random),
+    ("access_token", "k_live_ k_test_", r"\b([rs]k_(?:live|test)_[A-Za-z0-9]{16,128})\b", _random),
+    ("access_token", "hf_ npm_", r"\b(hf_[A-Za-z]{34}|npm_[A-Za-z0-9]{36})\b", lambda s: len(set(s)) > 12),
+    ("access_token", "T3BlbkFJ sk-ant-", r"\b(sk-[\w-]{16,120}T3BlbkFJ[\w-]{16,120}|sk-ant-[\w-]{80,120})"),
+    ("access_token", "pypi-AgE dckr_pat_ hvs.", r"\b(pypi-AgE[\w-]{50,200}|"
             r"dckr_pat_[\w-]{27}|hvs\.[\w-]{24,120})"),
-    _finder("access_token", "SG. dop_v1_ shpat_ dapi", r"\b(SG\.[\w-]{22}\.[\w-]{43}|dop_v1_[0-9a-f]{64}|"
+    ("access_token", "SG. dop_v1_ shpat_ dapi", r"\b(SG\.[\w-]{22}\.[\w-]{43}|dop_v1_[0-9a-f]{64}|"
             r"shpat_[0-9a-f]{32}|dapi[0-9a-f]{32})\b"),
-    _finder("access_token", ":AA", r"\b(\d{8,10}:AA[\w-]{33})(?![\w-])"),
-    _finder("jwt", "eyJ", r"\b(eyJ[\w-]{10,2000}\.eyJ[\w-]{10,8000}\.[\w-]{20,2000})"),  # RFC 7519: base64url of {"
-    _finder("password", "://", r"://[\w.%-]{1,64}:([^\s:/@<>{}$\[\]\"']{6,128})@(?=\w)", _random),
-    _finder("password", "passw passphrase secret token api_key apikey api-key access_key accesskey access-key",
+    ("access_token", ":AA", r"\b(\d{8,10}:AA[\w-]{33})(?![\w-])"),
+    ("jwt", "eyJ", r"\b(eyJ[\w-]{10,2000}\.eyJ[\w-]{10,8000}\.[\w-]{20,2000})"),  # RFC 7519: base64url of {"
+    ("password", "://", r"://[\w.%-]{1,64}:([^\s:/@<>{}$\[\]\"']{6,128})@(?=\w)", _random),
+    ("password", "passw passphrase secret token api_key apikey api-key access_key accesskey access-key",
             r"[pPsStTaA](?i:(?<=p)assw(?:or)?d|(?<=p)assphrase|(?<=s)ecret|(?<=t)oken|(?<=a)pi[_-]?key|"
             r"(?<=a)ccess[_-]?key)\w{0,24}[\"']?\s{0,4}(?::=|=>|[=:])\s{0,4}"
             r"[\"']([\w+/=.!@#%^&*~?-]{12,256})[\"']", _random),
-    _finder("email", "@", r"([A-Za-z0-9_](?<![\w.+%/-].)[\w.+%-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,12})"
+    ("email", "@", r"([A-Za-z0-9_](?<![\w.+%/-].)[\w.+%-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,12})"
             r"(?![\w(@-])", _email),
-    _finder("iban", "", r"([A-Z](?<![\w-].)[A-Z]\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?)(?![\w-])", _iban),
-    _finder("payment_card", "",
+    ("ip_address", ".", r"(\d(?<![\w.=/+-].)(?<!ersion .)\d{0,2}(?:\.\d{1,3}){3})(?![\w-]|\.\w)", _address),
+    ("ip_address", ":", r"([23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34})(?![\w:])", _address),  # 2000::/3
+    ("iban", "", r"([A-Z](?<![\w-].)[A-Z]\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?)(?![\w-])", _iban),
+    ("payment_card", "",
             r"([2-6](?<![\w.,+/(=\[-].)(?:(?:(?<=4)\d|(?<=5)[1-5]|(?<=2)[2-7]|(?<=6)5)\d\d|(?<=6)011)"
             r"([ -]?)\d{4}\2\d{4}\2\d{4}|3(?<![\w.,+/(=\[-].)[47]\d\d([ -]?)\d{6}\3\d{5})(?![\w.,/-]*\d)", _luhn),
-    _finder("ip_address", ".", r"(\d(?<![\w.=/+-].)(?<!ersion .)\d{0,2}(?:\.\d{1,3}){3})(?![\w-]|\.\w)", _address),
-    _finder("ip_address", ":", r"([23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34})(?![\w:])", _address),  # 2000::/3
-    _finder("phone", "+",
+    ("phone", "+",
             r"(\+(?<![\w+./)\]=-].)[1-9]\d{0,2}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\(?\d{2,4}\)?){1,5})(?![\w.-]*\d)", _phone),
-)  # fmt: skip
+)]  # fmt: skip
 
 
 def scrub(text: str, personal: bool, secrets: bool) -> tuple[str, dict[str, int]]:
@@ -131,7 +125,8 @@ def scrub(text: str, personal: bool, secrets: bool) -> tuple[str, dict[str, int]
             continue
 
         def masked(match: re.Match[str], kind: str = kind, check: Callable[[str], bool] = check) -> str:
-            if not check(match[1]):
+            # what follows a placeholder at once was part of a longer word before: it stays, on every later pass too
+            if not check(match[1]) or match.string[max(0, match.start(1) - 16) : match.start(1)].endswith(MASKS):
                 return match[0]
             counts[kind] += 1
             start = match.start(1) - match.start()
