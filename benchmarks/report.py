@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: rows of system, metric, value and unit, under the machine and the versions."""
+"""What a benchmark prints and writes: rows of system, metric, value and unit, under the machine and the versions."""
 
 import json
 import os

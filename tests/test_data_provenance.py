@@ -1,6 +1,7 @@
 import base64
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stackpkg.data import filters, quality, records
+from stackpkg.evaluation import curation
 from stackpkg.params import Data
 
 EVIL = "<script>alert('x')</script>"
@@ -103,6 +104,6 @@ def test_losses_add_up_and_the_flow_draws_them(parts):
 def test_the_report_is_one_page_with_both_sides_and_nothing_live_in_it(parts, tmp_path):
     before, after = (quality.metrics(some) for some in parts)
     gone = after.drop(index=EVIL)
-    page = quality.report(before, gone, tmp_path / "quality.html").read_text()
+    page = curation.report(before, gone, tmp_path / "quality.html").read_text()
     assert EVIL not in page and "&lt;script&gt;" in page and "web: median words" in page
     assert [path.name for path in tmp_path.iterdir()] == ["quality.html"]

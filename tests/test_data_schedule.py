@@ -7,8 +7,8 @@ import pytest
 from data_corpus import corpus, profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stackpkg.data.corpus import Corpus
 
+from stackpkg.data.corpus import Corpus
 from stackpkg.data.curriculum import Decision
 from stackpkg.data.schedule import Schedule
 from stackpkg.params import Params, Stage

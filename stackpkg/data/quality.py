@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import html
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -20,13 +19,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from stackpkg.data.filters import SIGNS, Page, sign_of
-from stackpkg.runs import replacing
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 EXCERPT = 200  # characters
-COUNTED = ("documents", "mb", "words")  # metrics that are amounts; the others are medians, means and shares
 
 
 def _rows(parts: Sequence[Path], *columns: str) -> Iterator[dict[str, Any]]:
@@ -134,27 +131,3 @@ def flow(lost: pd.DataFrame) -> Figure:
     nodes = {"label": [html.escape(name) for name in names], "pad": 12, "thickness": 12}
     figure = go.Figure(go.Sankey(node=nodes, link=ends | {"value": list(links.values())}))
     return figure.update_layout(title="Documents: what was lost, where and why", height=max(400, 22 * len(names)))
-
-
-def report(before: pd.DataFrame, after: pd.DataFrame, path: Path) -> Path:
-    """An evidently page (HTML, opens offline) of two `metrics`: each number by domain, the one before as reference.
-
-    A domain that is gone counts 0 documents. Names are escaped; nothing is sent (`DO_NOT_TRACK`).
-    """
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    from evidently import Dataset, Report  # slow to import, and only the report needs it
-
-    from stackpkg.evaluation.report import Measured
-
-    def flat(frame: pd.DataFrame) -> dict[str, float]:
-        numbers = frame.reindex(before.index).fillna(dict.fromkeys(COUNTED, 0)).select_dtypes("number")
-        found = numbers.stack(future_stack=True).items()
-        return {f"{html.escape(str(domain))}: {name}": float(value) for (domain, name), value in found}
-
-    first, second = flat(before), flat(after)
-    shown = [name for name in first if not (np.isnan(first[name]) or np.isnan(second[name]))]
-    data = [Dataset.from_pandas(pd.DataFrame([{k: numbers[k] for k in shown}])) for numbers in (second, first)]
-    snapshot = Report([Measured(column=name) for name in shown]).run(*data)
-    with replacing(path) as temporary:
-        snapshot.save_html(str(temporary))
-    return path
