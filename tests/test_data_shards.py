@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import os
 import random
 import signal
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +39,7 @@ def rows(texts, domain="docs"):
 def record_files(folder, made, data=DATA, sizes=()):
     """`made`, in parts of `sizes` rows, partitioned into record files."""
     cuts = [0, *np.cumsum(sizes, dtype=int).tolist(), len(made)]
-    pieces = [records.table(made[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [records.table(made[a:b]) for a, b in itertools.pairwise(cuts)]
     parts = [engine.write(folder / f"parts/{k:05d}.parquet", piece) for k, piece in enumerate(pieces)]
     ids = sorted(str(row["record_id"]) for row in made)
     keep = pa.table({"record_id": ids, "trust": [int(name, 16) / 2**64 for name in ids]})
@@ -109,7 +109,7 @@ def test_pieces_joined_are_the_document(ids, longest, ends):
     made = np.array(ids, np.uint32)
     pieces = shards.divide(made, longest, np.array(sorted(ends), np.int64))
     assert np.concatenate(pieces).tolist() == ids and all(1 <= len(piece) <= longest for piece in pieces)
-    for piece, after in zip(pieces, pieces[1:], strict=False):
+    for piece, after in itertools.pairwise(pieces):
         window = np.append(piece, after)[:longest].tolist()
         best = max((k for k in range(longest // 2 + 1, len(window) + 1) if window[k - 1] in ends), default=longest)
         assert len(piece) == best, "the last line end of the second half, else the limit"
@@ -189,7 +189,6 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
 SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from pathlib import Path
 from test_data_shards import *
 
 calls, encode = [], tokenizer.encode

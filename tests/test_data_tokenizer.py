@@ -117,7 +117,7 @@ def test_what_is_no_tokenizer_is_refused(home, name):
 def test_the_hub_is_asked_for_an_id_only_and_not_when_offline(home, monkeypatch):
     asked, reached = [], []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *where, **_: reached.append(where))
-    with pytest.raises(ValueError, match=r"no hub id that answers: .*offline"):
+    with pytest.raises(ValueError, match="no hub id that answers"):
         tokenizer.load("nobody/has-this")
 
     def hub(name, file):
@@ -157,7 +157,8 @@ def test_ids_behind_a_gap_are_counted(home):
 # ---- fingerprint
 def test_another_tokenizer_is_refused(folder):
     found = manifest.read(folder)
-    assert found[tokenizer.STAMP] == runs.digest(file := manifest.tokenizer(folder, found))
+    file = manifest.tokenizer(folder, found)
+    assert found[tokenizer.STAMP] == runs.digest(file)
     foreign().save(str(file))
     with pytest.raises(ValueError, match=rf"tokenizer/{file.name} has tokenizer .*, the shards {file.stem}"):
         tokenizer.of_shards(folder)

@@ -58,16 +58,15 @@ def ids(folder: Path) -> list[str]:
 
 def commit(folder: Path, manifest: Manifest) -> str:
     """Write a version and make it the head; returns its id. Committing the head again changes nothing."""
-    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-    return _move(folder, text, "commit")
+    return _move(folder, json.dumps(manifest, indent=1, sort_keys=True) + "\n", "commit")
 
 
 def rollback(folder: Path, version: str) -> str:
     """Make an earlier version the head again. Raises `ValueError` naming what is missing or corrupt of it."""
-    manifest = read(folder, version)
-    if broken := verify(folder, version):
+    path = path_of(folder, version)
+    if broken := verify(folder, path.stem):
         raise ValueError(f"version {version} is not whole: {', '.join(broken)}; rebuild these first")
-    return _move(folder, json.dumps(manifest, indent=1, sort_keys=True) + "\n", "rollback")
+    return _move(folder, path.read_text(encoding="utf-8"), "rollback")
 
 
 def _move(folder: Path, text: str, action: str) -> str:

@@ -84,8 +84,7 @@ def partition(parts: Sequence[Path], keep: pa.Table, folder: Path, data: Data) -
 
 def _named(path: Path, home: Path, suffix: str) -> Path:
     """Move a finished file to the name its content gives it; one that is there, and whole, stays."""
-    digest = runs.digest(path)
-    place = home / f"{versions.name_of(digest)}{suffix}"
+    place = home / f"{versions.name_of(digest := runs.digest(path))}{suffix}"
     if versions.whole(place, digest):
         path.unlink()
         return place
@@ -109,8 +108,7 @@ def tokenise(part: pa.Table, model: Path, longest: int) -> pa.Table:
         number += range(len(found))
     tokens = pa.LargeListArray.from_arrays(np.cumsum([len(piece) for piece in pieces]), np.concatenate(pieces))
     whose = part.select(["record_id", "domain"]).take(pa.array(owner, pa.int64()))
-    columns = [whose["record_id"], pa.array(number, pa.int32()), whose["domain"], tokens]
-    return pa.table(columns, names=[*INDEX.names[:3], "tokens"])
+    return whose.add_column(1, "part", pa.array(number, pa.int32())).append_column("tokens", tokens)
 
 
 def divide(ids: np.ndarray, longest: int, ends: np.ndarray) -> list[np.ndarray]:
@@ -133,9 +131,9 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     text = runs.write_text(folder / "tokenizer/.new", model.to_str(pretty=True))
     settings = _named(text, folder / "tokenizer", ".json"), data.longest_document
     encoded = engine.run(tokenise, parts, home / ".tokens", *settings, engine=data.engine, workers=data.workers)
-    owners = [pq.read_table(part, columns=["record_id", "domain"]).to_pydict() for part in parts]
-    domains = {name: d for table in owners for name, d in zip(table["record_id"], table["domain"], strict=True)}
-    splits = split_of(domains, data.validation_share)
+    tables = (pq.read_table(part, columns=["record_id", "domain"]).to_pydict() for part in parts)
+    domains = (zip(table["record_id"], table["domain"], strict=True) for table in tables)
+    splits = split_of(dict(itertools.chain.from_iterable(domains)), data.validation_share)
     vocabulary = max(model.get_vocab().values()) + 1  # ids of a loaded tokenizer may have gaps
     width = "uint16" if vocabulary <= 65536 else "uint32"
     shards, index = list[dict[str, Any]](), [INDEX.empty_table()]
@@ -154,13 +152,12 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     tokens: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     for sums in rows.group_by(["split", "domain"]).aggregate([("tokens", "sum")]).sort_by("domain").to_pylist():
         tokens[sums["split"]][sums["domain"]] = sums["tokens_sum"]
-    files = zip(parts, owners, strict=True)
     manifest = {
         "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special,
-        "pad_id": special["<pad>"], "eos_id": special["<eos>"], "longest_document": data.longest_document,
+        "pad_id": special["<pad>"], "eos_id": special["<eos>"], "longest_document": settings[1],
         "tokens": tokens, "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share),
         "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(), "shards": shards,
-        "records": [{"name": f.stem, "sha256": runs.digest(f), "documents": len(t["domain"])} for f, t in files],
+        "records": [{"name": f.stem, "sha256": runs.digest(f), "documents": pq.read_metadata(f).num_rows} for f in parts],
         tokenizer.STAMP: runs.digest(settings[0]), "index_sha256": runs.digest(listed),
     }  # fmt: skip
     versions.commit(folder, manifest)
@@ -202,6 +199,5 @@ def rebuild(folder: Path, name: str, version: str = "") -> Path:
     mine = pq.read_table(index, filters=[("shard", "=", name), ("split", "=", entry["split"])])["record_id"]
     table = tokenise(pq.read_table(part), model, manifest["longest_document"])
     tokens = table.filter(pc.is_in(table["record_id"], mine.combine_chunks()))["tokens"].combine_chunks()
-    path = _raw(folder / f"shards/{name}.bin", tokens, manifest["dtype"], entry["sha256"])
-    versions.write_sums(path)
+    versions.write_sums(path := _raw(folder / f"shards/{name}.bin", tokens, manifest["dtype"], entry["sha256"]))
     return path
