@@ -188,6 +188,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
 # ---- builds that end early
 SCRIPT = """
 import sys, time
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_data_shards import *
 

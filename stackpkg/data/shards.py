@@ -149,6 +149,7 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     shards.sort(key=lambda entry: (entry["split"], entry["name"]))
     rows = pa.concat_tables(index).sort_by([("split", "ascending"), ("shard", "ascending"), ("offset", "ascending")])
     listed = _named(engine.write(home / ".index.parquet", rows), home, ".index.parquet")
+    sizes = {part.stem: pq.read_metadata(part).num_rows for part in parts}
     tokens: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     for sums in rows.group_by(["split", "domain"]).aggregate([("tokens", "sum")]).sort_by("domain").to_pylist():
         tokens[sums["split"]][sums["domain"]] = sums["tokens_sum"]
@@ -157,7 +158,7 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
         "pad_id": special["<pad>"], "eos_id": special["<eos>"], "longest_document": settings[1],
         "tokens": tokens, "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share),
         "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(), "shards": shards,
-        "records": [{"name": f.stem, "sha256": runs.digest(f), "documents": pq.read_metadata(f).num_rows} for f in parts],
+        "records": [{"name": f.stem, "sha256": runs.digest(f), "documents": sizes[f.stem]} for f in parts],
         tokenizer.STAMP: runs.digest(settings[0]), "index_sha256": runs.digest(listed),
     }  # fmt: skip
     versions.commit(folder, manifest)
