@@ -19,7 +19,7 @@ from stackpkg.data import manifest as versions
 from stackpkg.params import Data
 
 BYTES = 3.5  # of text in a token, about: sets how many record files there are
-GROUP = 1 << 28  # bytes of text that are sorted at once
+GROUP = 1 << 27  # bytes of text that are sorted at once
 BATCH = 256  # documents encoded at once
 SPLITS = ("train", "validation")
 INDEX = pa.schema([
@@ -154,12 +154,11 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     for sums in rows.group_by(["split", "domain"]).aggregate([("tokens", "sum")]).sort_by("domain").to_pylist():
         tokens[sums["split"]][sums["domain"]] = sums["tokens_sum"]
     manifest = {
-        "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special,
-        "pad_id": special["<pad>"], "eos_id": special["<eos>"], "longest_document": settings[1],
-        "tokens": tokens, "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share),
-        "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(), "shards": shards,
+        "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special, "longest_document": settings[1],
+        "pad_id": special["<pad>"], "eos_id": special["<eos>"], tokenizer.STAMP: runs.digest(settings[0]),
+        "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share),
         "records": [{"name": f.stem, "sha256": runs.digest(f), "documents": sizes[f.stem]} for f in parts],
-        tokenizer.STAMP: runs.digest(settings[0]), "index_sha256": runs.digest(listed),
+        "tokens": tokens, "shards": shards, "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(), "index_sha256": runs.digest(listed),
     }  # fmt: skip
     versions.commit(folder, manifest)
     return manifest
