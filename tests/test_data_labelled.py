@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from stackpkg import runs
-from stackpkg.data import labelled, preferences, records, retrieval_sets, shards
+from stackpkg.data import labelled, preferences, records, retrieval_sets, tokenizer
 from stackpkg.params import Auxiliary
 
 SIZES = Auxiliary(pairs=60, query_tokens=8, document_tokens=16, hard_negatives=2)
@@ -199,7 +199,7 @@ def test_given_sets_join_the_mined_ones(given):
     firsts = [pair["source"].startswith("t.jsonl") for pair in both.pairs[:30]]
     assert 8 <= sum(firsts) <= 18, "evenly mixed"
     assert labelled.load(sizes, mined) == both
-    model = shards.train_tokenizer([row["query"] for row in both.pairs], 300)
+    model = tokenizer.train_tokenizer([row["query"] for row in both.pairs], 300)
     encoded = labelled.encode(both.pairs, model, sizes)
     assert all(len(pair["query_ids"]) <= 8 and len(pair["negative_ids"]) == 2 for pair in encoded)
     assert len(preferences.encode(both.preferences, model, 8, 16)) > 80

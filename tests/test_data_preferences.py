@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackpkg.data import preferences, shards
+from stackpkg.data import preferences, tokenizer
 from stackpkg.data.problems import check
 
 ASK, YES, NO = (
@@ -195,16 +195,16 @@ def test_a_prompt_is_in_one_split_whatever_its_company():
 
 
 def test_ids_keep_the_end_of_the_prompt_and_the_start_of_the_answers():
-    model = shards.train_tokenizer(["the sky is blue or green or red"] * 3, 300)
+    model = tokenizer.train_tokenizer(["the sky is blue or green or red"] * 3, 300)
     rows = [
         {"prompt": "the sky is blue or green", "chosen": " or red", "rejected": " blue or green or red"},
         {"prompt": "the", "chosen": " sky is blue or red", "rejected": " sky is blue or green"},
     ]
     made = preferences.encode(rows, model, 3, 4)
     assert len(made) == 1 and made[0]["prompt"] == rows[0]["prompt"], "the second differs behind the cut"
-    whole = {name: shards.encode(model, [rows[0][name]])[0] for name in preferences.TEXTS}
+    whole = {name: tokenizer.encode(model, [rows[0][name]])[0] for name in preferences.TEXTS}
     assert len(whole["prompt"]) > 3 and len(whole["rejected"]) > 4
     assert made[0]["prompt_ids"] == whole["prompt"][-3:] and made[0]["rejected_ids"] == whole["rejected"][:4]
-    assert made[0]["chosen_ids"] == [*whole["chosen"], shards.EOS][:4]
+    assert made[0]["chosen_ids"] == [*whole["chosen"], tokenizer.EOS][:4]
     long = preferences.encode(rows, model, 100, 100)
-    assert len(long) == 2 and long[0]["chosen_ids"] == [*whole["chosen"], shards.EOS]
+    assert len(long) == 2 and long[0]["chosen_ids"] == [*whole["chosen"], tokenizer.EOS]

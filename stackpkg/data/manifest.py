@@ -23,16 +23,11 @@ def name_of(digest: str) -> str:
     return digest[:16]
 
 
-def blocks(path: Path) -> np.ndarray:
-    """uint64[blocks], XXH3 of each `BLOCK` bytes."""
-    with path.open("rb") as file:
-        return np.array([xxhash.xxh3_64_intdigest(part) for part in iter(lambda: file.read(BLOCK), b"")], np.uint64)
-
-
 def write_sums(shard: Path) -> Path:
-    """Write the checksums of a shard beside it; returns their path."""
-    with runs.replacing(path := shard.with_suffix(".xxh")) as temporary:
-        blocks(shard).tofile(temporary)
+    """Write the checksums of a shard beside it, uint64[blocks], XXH3 of each `BLOCK` bytes; returns their path."""
+    with runs.replacing(path := shard.with_suffix(".xxh")) as temporary, shard.open("rb") as file:
+        found = [xxhash.xxh3_64_intdigest(part) for part in iter(lambda: file.read(BLOCK), b"")]
+        np.array(found, np.uint64).tofile(temporary)
     return path
 
 
@@ -63,16 +58,15 @@ def ids(folder: Path) -> list[str]:
 
 def commit(folder: Path, manifest: Manifest) -> str:
     """Write a version and make it the head; returns its id. Committing the head again changes nothing."""
-    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-    return _move(folder, text, "commit")
+    return _move(folder, json.dumps(manifest, indent=1, sort_keys=True) + "\n", "commit")
 
 
 def rollback(folder: Path, version: str) -> str:
     """Make an earlier version the head again. Raises `ValueError` naming what is missing or corrupt of it."""
-    manifest = read(folder, version)
-    if broken := verify(folder, version):
+    path = path_of(folder, version)
+    if broken := verify(folder, path.stem):
         raise ValueError(f"version {version} is not whole: {', '.join(broken)}; rebuild these first")
-    return _move(folder, json.dumps(manifest, indent=1, sort_keys=True) + "\n", "rollback")
+    return _move(folder, path.read_text(encoding="utf-8"), "rollback")
 
 
 def _move(folder: Path, text: str, action: str) -> str:
@@ -124,29 +118,29 @@ def verify(folder: Path, version: str = "", sample: int = 0) -> list[str]:
     """
     manifest = read(folder, version)
     sampled = {f"shards/{entry['name']}.bin": entry for entry in manifest["shards"]} if sample else {}
-    bad = []
-    for name, sha in files(manifest):
-        path = folder / name
-        if not path.exists():
-            bad.append(name)
-        elif name in sampled:
-            bad += [name] if _spot(path, sampled[name], manifest, sample) else []
-        elif runs.digest(path) != sha:
-            bad.append(name)
-    return bad
+
+    def well(name: str, sha: str) -> bool:
+        entry = sampled.get(name)
+        return _spot(folder / name, entry, manifest, sample) if entry else whole(folder / name, sha)
+
+    return [name for name, sha in files(manifest) if not well(name, sha)]
+
+
+def whole(path: Path, sha256: str) -> bool:
+    return path.exists() and runs.digest(path) == sha256
 
 
 def _spot(path: Path, entry: dict[str, Any], manifest: Manifest, sample: int) -> bool:
-    """Whether a shard is not what it was: its size, or one of `sample` blocks, other ones each time."""
-    if path.stat().st_size != entry["tokens"] * np.dtype(manifest["dtype"]).itemsize:
-        return True
+    """Whether a shard is what it was, by its size and `sample` of its blocks, other ones each time."""
+    if not path.exists() or path.stat().st_size != entry["tokens"] * np.dtype(manifest["dtype"]).itemsize:
+        return False
     known, drawn = sums(path), np.random.default_rng().permutation
     with path.open("rb") as file:
         for k in drawn(len(known))[:sample]:
             file.seek(int(k) * BLOCK)
             if xxhash.xxh3_64_intdigest(file.read(BLOCK)) != int(known[k]):
-                return True
-    return False
+                return False
+    return True
 
 
 def sums(shard: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Records -> immutable token shards under a versioned manifest; a build that is killed goes on where it was."""
 
+import itertools
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from stackpkg.data import manifest as versions
 from stackpkg.params import Data
 
 BYTES = 3.5  # of text in a token, about: sets how many record files there are
-GROUP = 1 << 28  # bytes of text that are sorted at once
+GROUP = 1 << 27  # bytes of text that are sorted at once
 BATCH = 256  # documents encoded at once
 SPLITS = ("train", "validation")
 INDEX = pa.schema([
@@ -33,13 +33,9 @@ def split_of(domains: dict[str, str], share: float) -> dict[str, str]:
 
     A domain of two or more documents has at least one on either side; the only one of a domain is trained on.
     """
-    at = mixing.mix(codes(domains) ^ mixing.hashed(1, "validation")) / 2.0**64
-    coded = pa.array(domains.values(), pa.string()).dictionary_encode()
-    group, count = coded.indices.to_numpy(), len(coded.dictionary)
-    low, high = np.ones(count), np.zeros(count)
-    np.minimum.at(low, group, at)
-    np.maximum.at(high, group, at)
-    held = ((at <= share) | (at == low[group])) & (at < high[group])
+    at = pd.Series(mixing.mix(codes(domains) ^ mixing.hashed(1, "validation")) / 2.0**64)
+    grouped = at.groupby(list(domains.values()))
+    held = ((at <= share) | (at == grouped.transform("min"))) & (at < grouped.transform("max"))
     return dict(zip(domains, np.where(held, "validation", "train").tolist(), strict=True))
 
 
@@ -54,7 +50,7 @@ def partition(parts: Sequence[Path], keep: pa.Table, folder: Path, data: Data) -
     A record's file follows from its id, which is a hash, and files are sorted, so neither the order of the input nor
     the boundaries of its parts matter. In memory is one part, or the records that make about `GROUP` bytes of text.
     """
-    chosen, work = pd.Index(codes(keep["record_id"].to_pylist())), folder / "records/.work"
+    chosen, work, made = pd.Index(codes(keep["record_id"].to_pylist())), folder / "records/.work", list[Path]()
 
     def tables() -> Iterator[pa.Table]:
         for part in parts:
@@ -73,7 +69,7 @@ def partition(parts: Sequence[Path], keep: pa.Table, folder: Path, data: Data) -
 
     shutil.rmtree(work, ignore_errors=True)
     for number, table in enumerate(tables()):
-        group, made = bucket(table) * np.uint64(groups) // np.uint64(buckets), list[Path]()
+        group = bucket(table) * np.uint64(groups) // np.uint64(buckets)
         for place in np.unique(group).tolist():
             engine.write(work / f"{place:05d}/{number:05d}.parquet", table.filter(pa.array(group == place)))
     for place in sorted(work.glob("*")):
@@ -88,9 +84,8 @@ def partition(parts: Sequence[Path], keep: pa.Table, folder: Path, data: Data) -
 
 def _named(path: Path, home: Path, suffix: str) -> Path:
     """Move a finished file to the name its content gives it; one that is there, and whole, stays."""
-    digest = runs.digest(path)
-    place = home / f"{versions.name_of(digest)}{suffix}"
-    if place.exists() and runs.digest(place) == digest:
+    place = home / f"{versions.name_of(digest := runs.digest(path))}{suffix}"
+    if versions.whole(place, digest):
         path.unlink()
         return place
     return path.replace(place)
@@ -101,21 +96,19 @@ def tokenise(part: pa.Table, model: Path, longest: int) -> pa.Table:
 
     One of more than `longest` tokens is divided: after the last token that ends a line, or else at the limit.
     """
-    loaded, pieces, counts = Tokenizer.from_file(str(model)), [np.empty(0, np.uint32)], list[int]()
+    loaded, pieces, owner, number = Tokenizer.from_file(str(model)), [np.empty(0, np.uint32)], list[int](), list[int]()
     eos, vocabulary = tokenizer.specials(loaded)["<eos>"], loaded.get_vocab().items()
     ends = np.array([k for text, k in vocabulary if text.endswith(("\n", "Ċ"))])  # "Ċ": \n of byte-level tokenizers
-    for batch in part.select(["text"]).to_batches(max_chunksize=BATCH):
-        for ids in tokenizer.encode(loaded, batch["text"].to_pylist()):
-            ids.append(eos)
-            found = divide(np.fromiter(ids, np.uint32, len(ids)), longest, ends)
-            pieces += found
-            counts.append(len(found))
-    owner = np.repeat(np.arange(len(part)), counts)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    offsets = np.cumsum([len(piece) for piece in pieces])
-    columns = [part["record_id"].take(owner), pa.array(number, pa.int32()), part["domain"].take(owner)]
-    tokens = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(pieces)))
-    return pa.table([*columns, tokens], names=[*INDEX.names[:3], "tokens"])
+    batches = (part["text"][at : at + BATCH].to_pylist() for at in range(0, len(part), BATCH))
+    for row, ids in enumerate(itertools.chain.from_iterable(tokenizer.encode(loaded, texts) for texts in batches)):
+        ids.append(eos)
+        found = divide(np.fromiter(ids, np.uint32, len(ids)), longest, ends)
+        pieces += found
+        owner += [row] * len(found)
+        number += range(len(found))
+    tokens = pa.LargeListArray.from_arrays(np.cumsum([len(piece) for piece in pieces]), np.concatenate(pieces))
+    whose = part.select(["record_id", "domain"]).take(pa.array(owner, pa.int64()))
+    return whose.add_column(1, "part", pa.array(number, pa.int32())).append_column("tokens", tokens)
 
 
 def divide(ids: np.ndarray, longest: int, ends: np.ndarray) -> list[np.ndarray]:
@@ -134,49 +127,47 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
 
     The head stays what it was until everything else is on disk. What a killed build had finished is not done again.
     """
+    home, special = folder / "shards", tokenizer.specials(model)
     text = runs.write_text(folder / "tokenizer/.new", model.to_str(pretty=True))
-    made_with = _named(text, folder / "tokenizer", ".json")
-    place, longest = folder / "shards/.tokens", data.longest_document
-    encoded = engine.run(tokenise, parts, place, made_with, longest, engine=data.engine, workers=data.workers)
-    owners = [pq.read_table(part, columns=["record_id", "domain"]).to_pydict() for part in parts]
-    domains = {name: d for table in owners for name, d in zip(table["record_id"], table["domain"], strict=True)}
-    splits = split_of(domains, data.validation_share)
+    settings = _named(text, folder / "tokenizer", ".json"), data.longest_document
+    encoded = engine.run(tokenise, parts, home / ".tokens", *settings, engine=data.engine, workers=data.workers)
+    tables = (pq.read_table(part, columns=["record_id", "domain"]).to_pydict() for part in parts)
+    domains = (zip(table["record_id"], table["domain"], strict=True) for table in tables)
+    splits = split_of(dict(itertools.chain.from_iterable(domains)), data.validation_share)
     vocabulary = max(model.get_vocab().values()) + 1  # ids of a loaded tokenizer may have gaps
     width = "uint16" if vocabulary <= 65536 else "uint32"
-    shards, index, counts = [], [INDEX.empty_table()], {split: Counter[str]() for split in SPLITS}
+    shards, index = list[dict[str, Any]](), [INDEX.empty_table()]
     for part, file in zip(parts, encoded, strict=True):
         table = pq.read_table(file)
         here = np.array([splits[name] for name in table["record_id"].to_pylist()])
         for split in SPLITS:
             mine = table.filter(pa.array(here == split))
             if len(mine):
-                entry, rows = _shard(folder, mine, split, width)
+                entry, rows = _shard(home, mine, split, width)
                 shards.append(entry | {"records": part.stem})
                 index.append(rows)
-                for domain, tokens in zip(rows["domain"].to_pylist(), rows["tokens"].to_pylist(), strict=True):
-                    counts[split][domain] += tokens
     shards.sort(key=lambda entry: (entry["split"], entry["name"]))
     rows = pa.concat_tables(index).sort_by([("split", "ascending"), ("shard", "ascending"), ("offset", "ascending")])
-    listed = _named(engine.write(folder / "shards/.index.parquet", rows), folder / "shards", ".index.parquet")
-    special = tokenizer.specials(model)
-    divided = rows.filter(pc.greater(rows["part"], 0))["record_id"]
-    files = zip(parts, owners, strict=True)
+    listed = _named(engine.write(home / ".index.parquet", rows), home, ".index.parquet")
+    sizes = {part.stem: pq.read_metadata(part).num_rows for part in parts}
+    tokens: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    for sums in rows.group_by(["split", "domain"]).aggregate([("tokens", "sum")]).sort_by("domain").to_pylist():
+        tokens[sums["split"]][sums["domain"]] = sums["tokens_sum"]
     manifest = {
-        "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special,
-        "pad_id": special["<pad>"], "eos_id": special["<eos>"], "longest_document": data.longest_document,
-        "tokens": {split: dict(sorted(found.items())) for split, found in counts.items()},
-        "mixture": mixing.shares(counts["train"], data.temperature, data.max_share),
-        "divided": pc.count_distinct(divided).as_py(), "shards": shards,
-        "records": [{"name": f.stem, "sha256": runs.digest(f), "documents": len(t["domain"])} for f, t in files],
-        tokenizer.STAMP: runs.digest(made_with), "index_sha256": runs.digest(listed),
+        "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special, "longest_document": settings[1],
+        "pad_id": special["<pad>"], "eos_id": special["<eos>"], tokenizer.STAMP: runs.digest(settings[0]),
+        "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share),
+        "records": [{"name": f.stem, "sha256": runs.digest(f), "documents": sizes[f.stem]} for f in parts],
+        "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(),
+        "tokens": tokens, "shards": shards, "index_sha256": runs.digest(listed),
     }  # fmt: skip
     versions.commit(folder, manifest)
     return manifest
 
 
-def _shard(folder: Path, table: pa.Table, split: str, width: str) -> tuple[dict[str, Any], pa.Table]:
+def _shard(home: Path, table: pa.Table, split: str, width: str) -> tuple[dict[str, Any], pa.Table]:
     """Write one shard and its checksums; its entry of the manifest, and its rows of the index."""
-    tokens, home, size = table["tokens"].combine_chunks(), folder / "shards", len(table)
+    tokens, size = table["tokens"].combine_chunks(), len(table)
     lengths = pc.list_value_length(tokens).to_numpy().astype(np.int64)
     path = _named(_raw(home / ".shard", tokens, width), home, ".bin")
     sums = versions.write_sums(path)
@@ -198,18 +189,16 @@ def _raw(path: Path, tokens: pa.Array, width: str, sha256: str = "") -> Path:
 def rebuild(folder: Path, name: str, version: str = "") -> Path:
     """Make one shard again from its records. Raises `ValueError` when it would not be the same bytes as before."""
     manifest = versions.read(folder, version)
-    entry = next((entry for entry in manifest["shards"] if entry["name"] == name), None)
-    if entry is None:
-        raise ValueError(f"shard {name!r} is none of {', '.join(entry['name'] for entry in manifest['shards'])}")
+    known = {shard["name"]: shard for shard in manifest["shards"]}
+    if not (entry := known.get(name)):
+        raise ValueError(f"shard {name!r} is none of {', '.join(known)}")
     part = folder / f"records/{entry['records']}.parquet"
     index, model = versions.index(folder, manifest), versions.tokenizer(folder, manifest)
-    if broken := {f"{path.parent.name}/{path.name}" for path in (part, index, model)} & {
-        *versions.verify(folder, version)
-    }:
-        raise ValueError(f"shard {name} is made from {', '.join(sorted(broken))}, which changed or is gone: restore it")
+    for file, sha in versions.files(manifest):
+        if folder / file in (part, index, model) and not versions.whole(folder / file, sha):
+            raise ValueError(f"shard {name} is made from {file}, which changed or is gone: restore that first")
     mine = pq.read_table(index, filters=[("shard", "=", name), ("split", "=", entry["split"])])["record_id"]
     table = tokenise(pq.read_table(part), model, manifest["longest_document"])
     tokens = table.filter(pc.is_in(table["record_id"], mine.combine_chunks()))["tokens"].combine_chunks()
-    path = _raw(folder / f"shards/{name}.bin", tokens, manifest["dtype"], entry["sha256"])
-    versions.write_sums(path)
+    versions.write_sums(path := _raw(folder / f"shards/{name}.bin", tokens, manifest["dtype"], entry["sha256"]))
     return path

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stackpkg import runs
@@ -26,25 +27,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def load(name: str) -> Tokenizer:
     """A `tokenizer.json` file, or a hub id; special tokens it lacks are added. Raises `ValueError` when neither is
-    there, or when the tokenizer reads a control token where a text only names it."""
+    there, or when what is a control token is a piece of text too."""
     file = runs.root() / name
     try:
-        local = file.exists() or name.endswith(".json")
-        model = Tokenizer.from_file(str(file)) if local else Tokenizer.from_pretrained(name)
+        local = file.exists() or name.endswith(".json")  # else the hub's own client, which heeds HF_HUB_OFFLINE
+        model = Tokenizer.from_file(str(file) if local else hf_hub_download(name, "tokenizer.json"))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"data.tokenizer {name!r} is no tokenizer file and no hub id that answers: {error}") from None
     model.no_truncation()  # a file may ask for either
     model.no_padding()
     model.add_special_tokens(SPECIALS)
-    if read := {*encode(model, [" ".join(SPECIALS)])[0]} & {*specials(model).values()}:
-        raise ValueError(f"data.tokenizer {name!r} reads text as control tokens {sorted(read)}: give another one")
+    ids = {*specials(model).values()}
+    if ids & {*encode(model, [" ".join(SPECIALS)])[0]} or sum(k in ids for k in model.get_vocab().values()) > len(ids):
+        raise ValueError(
+            f"data.tokenizer {name!r} has pieces of text among its control tokens {sorted(ids)}: mend its ids"
+        )
     return model
 
 
 def specials(model: Tokenizer) -> dict[str, int]:
     """Id of each of `SPECIALS`."""
-    vocabulary = model.get_vocab()
-    return {token: vocabulary[token] for token in SPECIALS}
+    known = model.get_vocab()
+    return {token: known[token] for token in SPECIALS}
 
 
 def encode(model: Tokenizer, texts: list[str]) -> list[list[int]]:

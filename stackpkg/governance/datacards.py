@@ -1,5 +1,6 @@
 """Cards made from a run's records and evidence alone: Croissant data card, provenance report, model card."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -68,7 +69,7 @@ def facts(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
         "evidence": {path.stem: runs.read_json(path) for path in folder.matches("evidence/[0-5]*.json")},
         "counts": {key: list(map(tuple, table.itertuples(index=False))) for key, table in tables.items()},
         "records": {file.name: runs.digest(file) for file in files},
-        "records_sha256": runs.digest(folder.path / "data/manifest.json"),
+        "records_sha256": hashlib.sha256("".join(map(runs.digest, files)).encode()).hexdigest(),
         "trust": named["trust"].describe().round(4).to_dict(),
         "hashes": named["hash_status"].value_counts().to_dict(),
         "may": {use: int(named[use].sum()) for use in ("may_copy", "may_use_tools")},
