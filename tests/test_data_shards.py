@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_corpus import documents, profile, sentence
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stackpkg import runs
