@@ -74,7 +74,7 @@ def test_cards_state_the_facts_and_escape_the_data(folder: runs.RunFolder) -> No
     assert card["license"] == ["MIT", "MIT | <script>", "unknown"]
     files = {name: runs.digest(folder / f"data/records/{name}") for name in ("00000.parquet", "00001.parquet")}
     *objects, whole = card["distribution"]
-    assert {entry["name"]: entry["sha256"] for entry in objects} == {"train-00000.bin": "ab" * 32} | files
+    assert {entry["name"]: entry["sha256"] for entry in objects} == {"0123456789abcdef": "ab" * 32} | files
     assert [path.name for path in folder.matches(whole["includes"])] == list(files)
     assert {field["source"]["fileSet"]["@id"] for field in card["recordSet"][0]["field"]} == {whole["@id"]}
     columns = {field["source"]["extract"]["column"] for field in card["recordSet"][0]["field"]}
