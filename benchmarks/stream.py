@@ -44,6 +44,7 @@ def profile(mb: float) -> params.Params:
                 "sources": [{"max_mb": mb}],
                 "vocab_size": 16_384,
                 "longest_document": CONTEXT,
+                "workers": 1,
                 "max_epochs": 1000,
             },
             "curriculum": [{"steps": 100_000, "context": CONTEXT, "long_range": 0.0, "retrieval": 0.0}],
@@ -61,9 +62,9 @@ def build(folder: Path, p: params.Params) -> None:
     parts = sources.write_parts(p.data.sources, folder / "parts", p.data.part_mb, [])
     found = pa.concat_tables([records.kept(pq.read_table(part)) for part in parts])
     keep = pa.table({"record_id": found["record_id"], "trust": np.ones(len(found))})
-    shards.partition(parts, keep, folder / "data", p.data)
+    files = shards.partition(parts, keep, folder / "data", p.data)
     sample = found["text"].to_pylist()[::4]
-    shards.build(folder / "data", tokenizer.train_tokenizer(sample, p.data.vocab_size), p.data)
+    shards.build(folder / "data", files, tokenizer.train_tokenizer(sample, p.data.vocab_size), p.data)
     schedule = Schedule(Corpus(folder / "data"), p)
     packs = [(rows, r) for lane in schedule.epochs for rows in [lane[0].whole] for r in range(len(rows))]
     made = np.zeros((len(packs), CONTEXT), np.uint16)

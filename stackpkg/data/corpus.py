@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -27,11 +29,15 @@ class Corpus:
         self._paths = [folder / f"shards/{name}.bin" for name in self.names]
         self._maps = [np.asarray(np.memmap(path, self.manifest["dtype"], "r")) for path in self._paths]
         self._sums, self._reads = [versions.sums(path) for path in self._paths], 0
-        index = pq.read_table(versions.index(folder, self.manifest)).to_pandas()
-        self.records, self.offset, self.tokens = (index[name].to_numpy() for name in ("record_id", "offset", "tokens"))
-        self.domain, self.split, self.part = (index[name].to_numpy() for name in ("domain", "split", "part"))
-        self.shard = index["shard"].map({name: k for k, name in enumerate(self.names)}).to_numpy()
-        self.members = index.groupby(["split", "domain"]).indices
+        index = pq.read_table(versions.index(folder, self.manifest), use_threads=False)
+        self.records, self.domain, self.split = (index[name].to_numpy() for name in ("record_id", "domain", "split"))
+        self.offset, self.tokens, self.part = (index[name].to_numpy() for name in ("offset", "tokens", "part"))
+        self.shard = pc.index_in(index["shard"], value_set=pa.array(self.names)).to_numpy()
+        self.members = {
+            (split, domain): np.flatnonzero((self.split == split) & (self.domain == domain))
+            for split, counts in self.manifest["tokens"].items()
+            for domain in counts
+        }
 
     def __reduce__(self) -> tuple:
         return Corpus, (self.folder, self.version)

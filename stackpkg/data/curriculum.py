@@ -49,8 +49,9 @@ class Plan:
             parts = [share * (1 - stage.long_range) for share in shares.values()] + [stage.long_range]
             planned = stage.steps * int(self.rows[index])
             self.order.append(mixing.interleave(parts, min(BLOCK, planned), p.seed, "rows", index))
-            lanes = np.resize(self.order[-1][0], self.first[index + 1] - self.first[index])
-            self.counts[index] = np.bincount(lanes, minlength=len(parts))
+            lanes, size = self.order[-1][0], len(parts)
+            blocks, rest = divmod(int(self.first[index + 1] - self.first[index]), len(lanes))
+            self.counts[index] = blocks * np.bincount(lanes, minlength=size) + np.bincount(lanes[:rest], minlength=size)
         # the same as plain lists, which one look-up at a time is faster in
         sizes = [np.bincount(lanes, minlength=len(self.lanes)).tolist() for lanes, _ in self.order]
         both = zip(self.order, sizes, strict=True)

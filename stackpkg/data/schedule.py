@@ -53,7 +53,9 @@ class Schedule:
             if d["kind"] == "withdraw":
                 row = self.plan.rows_at(self.plan.position(d["step"])).start
                 self.withdrawn[d["record_id"]] = min(row, self.withdrawn.get(d["record_id"], NEVER))
-        self.gone = np.array([self.withdrawn.get(str(record), NEVER) for record in self.corpus.records], np.int64)
+        self.gone = np.full(len(self.corpus.records), NEVER)
+        for record, row in self.withdrawn.items():
+            self.gone[self.corpus.records == record] = row
 
     def _mixture(self, stage: Stage) -> dict[str, float]:
         """Share of each domain among the text rows of a stage; only documents that fit its context count."""
