@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_corpus import documents, profile, sentence
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stackpkg import runs
@@ -101,6 +101,9 @@ def test_splits_are_the_share_and_stay_when_documents_join():
 
 
 # ---- documents
+@example([0] * 4 + [5] + [0] * 20, 12, {5})  # a line ends in the first half alone
+@example([0] * 5 + [5] + [0] * 20, 12, {5})
+@example([0] * 6 + [5] + [0] * 20, 12, {5})
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=300), st.integers(1, 40), st.sets(st.integers(0, 5), max_size=3)
 )

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stackpkg import params, runs
+from stackpkg.data import manifest as versions
 from stackpkg.data import records
 from stackpkg.governance import datacards
 
@@ -34,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> runs.RunFolder:
     manifest = {"format": 2, "vocab_size": 1024, "tokens": {"train": {"code": 7, "documentation": 2}}}
     manifest |= {"mixture": {"code": 0.75, "documentation": 0.25}, "shards": [shard]}
     manifest["records"] = [{"name": f"{number:05d}"} for number in range(2)]
-    runs.write_json(run / "data/manifest.json", manifest)
+    versions.commit(run / "data", manifest)
     runs.write_json(run / "evidence/40_evaluate.json", {"precision_at_k": 0.25})
     runs.write_text(run / "nb/10.ipynb", "by x@example.org and y@example.org")
     return run
@@ -73,7 +74,7 @@ def test_cards_state_the_facts_and_escape_the_data(folder: runs.RunFolder) -> No
     assert card["license"] == ["MIT", "MIT | <script>", "unknown"]
     files = {name: runs.digest(folder / f"data/records/{name}") for name in ("00000.parquet", "00001.parquet")}
     *objects, whole = card["distribution"]
-    assert {entry["name"]: entry["sha256"] for entry in objects} == {"train-00000.bin": "ab" * 32} | files
+    assert {entry["name"]: entry["sha256"] for entry in objects} == {"0123456789abcdef": "ab" * 32} | files
     assert [path.name for path in folder.matches(whole["includes"])] == list(files)
     assert {field["source"]["fileSet"]["@id"] for field in card["recordSet"][0]["field"]} == {whole["@id"]}
     columns = {field["source"]["extract"]["column"] for field in card["recordSet"][0]["field"]}

@@ -160,10 +160,9 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     manifest = {
         "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special, "longest_document": settings[1],
         "pad_id": special["<pad>"], "eos_id": special["<eos>"], tokenizer.STAMP: runs.digest(settings[0]),
-        "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share),
+        "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share), "shards": shards,
         "records": [entry | {"sha256": runs.digest(file)} for entry, file in zip(sources, parts, strict=True)],
-        "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(),
-        "tokens": tokens, "shards": shards, "index_sha256": runs.digest(listed),
+        "tokens": tokens, "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(), "index_sha256": runs.digest(listed),
     }  # fmt: skip
     versions.commit(folder, manifest)
     shutil.rmtree(home / ".tokens")
