@@ -147,3 +147,17 @@ def test_ranks_open_at_once_and_read_the_same(folder):
     said = {rank.communicate(timeout=120)[0] for rank in ranks}
     assert len(said) == 1 and said.pop().split()[0] == runs.digest(folder / "manifest.json")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, "readers write nothing"
+
+
+@pytest.mark.parametrize(("limit", "share"), [(1024, 171), (7, 2), (1, 1)])
+def test_opening_reads_no_more_blocks_than_it_may(tmp_path, monkeypatch, limit, share):
+    """The cost of opening does not grow with the corpus: so many blocks in all, or one of each shard."""
+    asked, verify = [], manifest.verify
+    build(tmp_path, shard_tokens=4_000)
+    assert len(manifest.read(tmp_path)["shards"]) == 6
+    monkeypatch.setattr(
+        manifest, "verify", lambda *given, sample: asked.append(sample) or verify(*given, sample=sample)
+    )
+    monkeypatch.setattr(reading, "OPENING", limit)
+    Corpus(tmp_path)
+    assert asked == [share]

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackpkg.data import provenance, records
+from stackpkg.data import manifest, provenance, records
 from stackpkg.params import Data
 
 LONG, INT64 = 2**63 - 1, st.integers(-(2**63), 2**63 - 1)
@@ -235,6 +235,7 @@ def test_due_is_what_is_withdrawn_or_will_have_expired(tmp_path: Path) -> None:
     ]
     (tmp_path / "records").mkdir()
     pq.write_table(records.table(rows), tmp_path / "records/00000.parquet")
+    manifest.commit(tmp_path, {"records": [{"name": "00000"}]})
     data = Data(ttl_seconds=5000)
     assert provenance.withdrawals_due(tmp_path, data, 1099) == {}
     assert provenance.withdrawals_due(tmp_path, data, 1100) == {f"{0:016x}": "expired"}

@@ -11,7 +11,8 @@ import xxhash
 from stackpkg import runs
 from stackpkg.data import manifest as versions
 
-OPENING, EVERY = 8, 512  # blocks of each shard checked at opening; one read in so many is checked again
+OPENING = 1024  # blocks checked at opening, 1 GiB, or one of each shard: all of a smaller corpus
+EVERY = 64  # one read in so many is checked again
 
 
 class Corpus:
@@ -23,7 +24,8 @@ class Corpus:
         path = versions.path_of(folder, version)
         self.folder, self.version, self.digest = folder, path.stem, runs.digest(path)  # the head may move on
         self.manifest = versions.read(folder, self.version)
-        if broken := versions.verify(folder, self.version, sample=OPENING):
+        share = -(-OPENING // len(self.manifest["shards"]))  # of one shard
+        if broken := versions.verify(folder, self.version, sample=share):
             raise ValueError(f"corrupt or missing: {', '.join(broken)}; notebook 11 shows the way back")
         self.names = [entry["name"] for entry in self.manifest["shards"]]
         self._paths = [folder / f"shards/{name}.bin" for name in self.names]

@@ -1,6 +1,6 @@
 """Versions of a corpus: an immutable manifest each, a head, a history; verify, roll back, quarantine, rebuild.
 
-Files are named by what is in them and never written over, so every version stays readable until `prune`d by hand. A
+Files are named by what is in them and never written over, so every version stays readable until it is `prune`d. A
 version's id is the beginning of the SHA-256 of its manifest, which holds no clock: the same content has the same id.
 """
 
@@ -114,18 +114,20 @@ def tokenizer(folder: Path, manifest: Manifest) -> Path:
 def verify(folder: Path, version: str = "", sample: int = 0) -> list[str]:
     """Names of files that are missing or not the version's; empty when all is well.
 
-    Every byte of every file by SHA-256. With `sample`, what is read in training: of a shard its size, its checksums and
-    that many of its blocks, and the index.
+    Every byte of every file by SHA-256; with `sample`, of records the size, and of a shard its size, its checksums and
+    that many of its blocks.
     """
     manifest = read(folder, version)
     sampled = {f"shards/{entry['name']}.bin": entry for entry in manifest["shards"]} if sample else {}
+    sizes = {f"records/{entry['name']}.parquet": entry["bytes"] for entry in manifest["records"]} if sample else {}
 
     def well(name: str, sha: str) -> bool:
+        if name in sizes:
+            return (folder / name).exists() and (folder / name).stat().st_size == sizes[name]
         entry = sampled.get(name)
         return _spot(folder / name, entry, manifest, sample) if entry else whole(folder / name, sha)
 
-    wanted = ((name, sha) for name, sha in files(manifest) if not sample or name.startswith("shards/"))
-    return [name for name, sha in wanted if not well(name, sha)]
+    return [name for name, sha in files(manifest) if not well(name, sha)]
 
 
 def whole(path: Path, sha256: str) -> bool:
@@ -154,3 +156,14 @@ def quarantine(folder: Path, name: str) -> Path:
     """Rename a file of a version, such as shards/0123456789abcdef.bin, so that nothing reads it; returns its path."""
     path = folder / name
     return path.rename(f"{path}.quarantined-{len(list(path.parent.glob(path.name + '.quarantined-*')))}")
+
+
+def prune(folder: Path) -> list[str]:
+    """Remove what no version names: what killed builds left, or a version's files once its own, in versions/, is
+    removed. What is in quarantine stays. Returns the names of what is gone."""
+    wanted = {folder / name for version in ids(folder) for name, _ in files(read(folder, version))}
+    found = {path for home in ("shards", "records", "tokenizer") for path in runs.files_below(folder / home)}
+    gone = [path for path in sorted(found - wanted) if ".quarantined-" not in path.name]
+    for path in gone:
+        path.unlink()
+    return [path.relative_to(folder).as_posix() for path in gone]

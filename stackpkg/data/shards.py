@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
@@ -19,7 +20,6 @@ from stackpkg.data import manifest as versions
 from stackpkg.params import Data
 
 BYTES = 3.5  # of text in a token, about: sets how many record files there are
-GROUP = 1 << 27  # bytes of text that are sorted at once
 BATCH = 256  # documents encoded at once
 SPLITS = ("train", "validation")
 INDEX = pa.schema([
@@ -48,7 +48,7 @@ def partition(parts: Sequence[Path], keep: pa.Table, folder: Path, data: Data) -
     """The kept records as files `records/<sha>.parquet`, with the columns of `keep` (record_id, trust, ...) added.
 
     A record's file follows from its id, which is a hash, and files are sorted, so neither the order of the input nor
-    the boundaries of its parts matter. In memory is one part, or the records that make about `GROUP` bytes of text.
+    the boundaries of its parts matter. In memory is one part, or one file. Raises `ValueError` when nothing is kept.
     """
     chosen, work, made = pd.Index(codes(keep["record_id"].to_pylist())), folder / "records/.work", list[Path]()
 
@@ -62,23 +62,23 @@ def partition(parts: Sequence[Path], keep: pa.Table, folder: Path, data: Data) -
             yield table.drop_columns([name for name in ("kept", "decisions") if name in table.column_names])
 
     size = sum(pc.sum(pc.binary_length(table["text"])).as_py() or 0 for table in tables())
-    buckets, groups = max(1, round(size / (BYTES * data.shard_tokens))), -(-size // GROUP)
+    if not size:
+        raise ValueError("no record was kept that has a text: loosen the filters, or data.min_trust")
+    buckets, schema = max(1, round(size / (BYTES * data.shard_tokens))), next(tables()).schema
 
-    def bucket(table: pa.Table) -> np.ndarray:
-        return (codes(table["record_id"].to_pylist()) >> 32) * np.uint64(buckets) >> 32  # ranges of the ids
+    def placed() -> Iterator[pa.RecordBatch]:
+        for table in tables():
+            at = (codes(table["record_id"].to_pylist()) >> 32) * np.uint64(buckets) >> 32  # ranges of the ids
+            yield from table.append_column("bucket", pa.array(at.astype(np.int32))).to_batches()
 
     shutil.rmtree(work, ignore_errors=True)
-    for number, table in enumerate(tables()):
-        group = bucket(table) * np.uint64(groups) // np.uint64(buckets)
-        for place in np.unique(group).tolist():
-            engine.write(work / f"{place:05d}/{number:05d}.parquet", table.filter(pa.array(group == place)))
-    for place in sorted(work.glob("*")):
-        table = pa.concat_tables([pq.read_table(file) for file in sorted(place.glob("*.parquet"))]).sort_by("record_id")
-        inside = bucket(table)
-        for number in np.unique(inside):
-            file = engine.write(work / "file.parquet", table.filter(pa.array(inside == number)))
-            made.append(_named(file, folder / "records", ".parquet"))
-    shutil.rmtree(work, ignore_errors=True)
+    options = ds.IpcFileFormat().make_write_options(compression="zstd")  # unlike Parquet no cost a row and open file
+    how = {"file_options": options, "partitioning": ["bucket"], "max_partitions": buckets, "use_threads": False}
+    ds.write_dataset(placed(), work, format="ipc", schema=schema.append(pa.field("bucket", pa.int32())), **how)
+    for place in sorted(work.iterdir(), key=lambda place: int(place.name)):
+        table = ds.dataset(place, format="ipc").to_table().sort_by("record_id")
+        made.append(_named(engine.write(work / "file.parquet", table), folder / "records", ".parquet"))
+    shutil.rmtree(work)
     return made
 
 
@@ -98,7 +98,9 @@ def tokenise(part: pa.Table, model: Path, longest: int) -> pa.Table:
     """
     loaded, pieces, owner, number = Tokenizer.from_file(str(model)), [np.empty(0, np.uint32)], list[int](), list[int]()
     eos, vocabulary = tokenizer.specials(loaded)["<eos>"], loaded.get_vocab().items()
-    ends = np.array([k for text, k in vocabulary if text.endswith(("\n", "Ċ"))])  # "Ċ": \n of byte-level tokenizers
+    # byte-level tokenizers write a newline Ċ, a space Ġ and a tab ĉ, SentencePiece <0x0A> and ▁; the indentation of
+    # the next line is often part of the token
+    ends = np.array([k for text, k in vocabulary if text.rstrip(" \tĠĉ▁").endswith(("\n", "Ċ", "<0x0A>"))], np.int64)
     batches = (part["text"][at : at + BATCH].to_pylist() for at in range(0, len(part), BATCH))
     for row, ids in enumerate(itertools.chain.from_iterable(tokenizer.encode(loaded, texts) for texts in batches)):
         ids.append(eos)
@@ -126,6 +128,7 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     """Tokenise the record files `parts`, write the shards, commit the version; returns its manifest.
 
     The head stays what it was until everything else is on disk. What a killed build had finished is not done again.
+    Building from the records, tokenizer and settings of a version mends every other file of it that is damaged.
     """
     home, special = folder / "shards", tokenizer.specials(model)
     text = runs.write_text(folder / "tokenizer/.new", model.to_str(pretty=True))
@@ -149,7 +152,8 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     shards.sort(key=lambda entry: (entry["split"], entry["name"]))
     rows = pa.concat_tables(index).sort_by([("split", "ascending"), ("shard", "ascending"), ("offset", "ascending")])
     listed = _named(engine.write(home / ".index.parquet", rows), home, ".index.parquet")
-    sizes = {part.stem: pq.read_metadata(part).num_rows for part in parts}
+    counts = [(part, pq.read_metadata(part).num_rows) for part in parts]
+    sources = [{"name": part.stem, "documents": count, "bytes": part.stat().st_size} for part, count in counts]
     tokens: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     for sums in rows.group_by(["split", "domain"]).aggregate([("tokens", "sum")]).sort_by("domain").to_pylist():
         tokens[sums["split"]][sums["domain"]] = sums["tokens_sum"]
@@ -157,10 +161,11 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
         "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special, "longest_document": settings[1],
         "pad_id": special["<pad>"], "eos_id": special["<eos>"], tokenizer.STAMP: runs.digest(settings[0]),
         "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share), "shards": shards,
-        "records": [{"name": f.stem, "sha256": runs.digest(f), "documents": sizes[f.stem]} for f in parts],
+        "records": [entry | {"sha256": runs.digest(file)} for entry, file in zip(sources, parts, strict=True)],
         "tokens": tokens, "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(), "index_sha256": runs.digest(listed),
     }  # fmt: skip
     versions.commit(folder, manifest)
+    shutil.rmtree(home / ".tokens")
     return manifest
 
 
