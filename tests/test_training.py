@@ -15,10 +15,12 @@ from tiny_models import LLAMA, QWEN, STACK
 from transformers import AutoModelForCausalLM
 
 from stackpkg import params, runs
-from stackpkg.data import labelled, longrange, provenance, shards, sources, tokenizer
+from stackpkg.data import curriculum, labelled, longrange, provenance, shards, sources, tokenizer
 from stackpkg.data.corpus import Corpus
+from stackpkg.data.ledger import Ledger
+from stackpkg.data.schedule import Schedule
 from stackpkg.model import StackForCausalLM
-from stackpkg.params import Params
+from stackpkg.params import Params, Until
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
 from stackpkg.training import launch, layout
@@ -126,6 +128,23 @@ def others(lab: RunFolder, spread: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def mixture(lab: RunFolder) -> dict[str, Any]:
     return run(lab, mixture=Job(profile(2, kind="auto", config=QWEN | {"hidden_size": 32}), steps=2))["mixture"]
+
+
+@pytest.fixture(scope="module")
+def decided(lab: RunFolder) -> RunFolder:
+    """A run whose first stage ends by a condition, whose second rank dies after that, and in which a record that the
+    second stage would read was withdrawn."""
+    p, other = profile(2), RunFolder("decided")
+    shutil.copytree(lab.path / "data", other.path / "data")
+    until = Until(metric="validation_loss", at_most=100.0)
+    stages = [p.curriculum[0].model_copy(update={"until": until}), *p.curriculum[1:]]
+    p = p.model_copy(update={"curriculum": stages})
+    schedule = Schedule(Corpus(other.path / "data"), p, [{"kind": "stage_end", "step": 3, "stage": 0}])
+    rows = [i for i in schedule.plan.rows_at(5) if schedule.plan[i].lane < len(schedule.domains)]
+    victim = str(schedule.corpus.records[schedule.pieces(rows[0])[0][0]])
+    provenance.withdraw(other.path / "data/withdrawn.jsonl", victim, 1_000, "asked to")
+    run(other, main=Job(p, [KILL]))
+    return other
 
 
 def history(lab: RunFolder, name: str, rank: int = 0) -> pd.DataFrame:
@@ -240,6 +259,19 @@ def test_a_dense_model_of_transformers_trains_without_router_series(lab: RunFold
     assert not [name for name in table if "router" in name or "balance" in name or "attention" in name]
     model = AutoModelForCausalLM.from_pretrained(lab.path / "checkpoints/llama/final")
     assert model.config.model_type == "llama" and layout.weights_digest(model) == others["llama"]["weights_sha256"]
+
+
+def test_decisions_are_recorded_once_and_a_resume_repeats_them(decided: RunFolder) -> None:
+    made = curriculum.decisions(decided.path / "checkpoints/main/decisions.jsonl")
+    assert [(d["kind"], d["step"]) for d in made] == [("withdraw", 0), ("stage_end", 3)]
+    assert made[1]["metric"] == "validation_loss" and 0 < made[1]["value"] < 100
+    table, ledger = history(decided, "main"), Ledger(decided.path)
+    assert table.attempt.tolist() == [1, 1, 1, 1, 2, 2], "the second attempt began after the decision"
+    assert table.context.tolist() == [64] * 3 + [128] * 3 and table.cursor.tolist() == [1, 2, 3, 4, 5, 6]
+    assert ledger.stream.plan.steps == [3, 3]
+    assert ledger.document(made[0]["record_id"]) == []
+    withdrawn = [item for item in ledger.step(5) if item["use"] == "withdrawn"]
+    assert {item["record_id"] for item in withdrawn} == {made[0]["record_id"]}
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
