@@ -1,7 +1,12 @@
 """One look for every figure: set once, readable on a light and on a dark page."""
 
+from collections.abc import Mapping
+
 import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
+from matplotlib.figure import Figure
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774")
 
@@ -22,3 +27,31 @@ def use_style() -> None:
             "font.size": 9.5,
         }
     )
+
+
+def flow(links: Mapping[tuple[str, str], int]) -> Figure:
+    """A flow diagram (Sankey): a band from a to b for each (a, b), as wide as its number. There may be no circle."""
+    column: dict[str, int] = {}
+    for _ in links:
+        for a, b in links:
+            column[b] = max(column.get(b, 1), column.setdefault(a, 0) + 1)
+    sums = ({n: sum(v for pair, v in links.items() if pair[side] == n) for n in column} for side in (0, 1))
+    total = {n: max(both) for n, *both in zip(column, *(side.values() for side in sums), strict=True)}
+    gap, figure = 0.04 * sum(v for (a, _), v in links.items() if not column[a]), plt.figure(figsize=(8, 4.5), layout="none")
+    axes, ends, colour = figure.add_axes((0, 0, 1, 1)), dict[str, list[float]](), dict[str, str]()
+    axes.set_axis_off()
+    for place in range(max(column.values(), default=0) + 1):
+        top = 0.0
+        for node in sorted((n for n in column if column[n] == place), key=lambda n: -total[n]):
+            colour[node] = COLOURS[len(colour) % len(COLOURS)]
+            axes.bar(place, total[node], 0.06, -top - total[node], color=colour[node])
+            axes.text(place + 0.05, -top - total[node] / 2, f"{node}  {total[node]:,}", va="center", fontsize=8)
+            ends[node], top = [-top, -top], top + total[node] + gap
+    x = np.linspace(0, 1, 40)
+    for (a, b), width in sorted(links.items(), key=lambda link: (-ends[link[0][0]][0], -ends[link[0][1]][1])):
+        low, high = column[a] + 0.03, column[b] - 0.03
+        curve = ends[a][0] + (ends[b][1] - ends[a][0]) * x**2 * (3 - 2 * x)
+        axes.fill_between(low + (high - low) * x, curve - width, curve, color=colour[a], alpha=0.3, linewidth=0)
+        ends[a][0], ends[b][1] = ends[a][0] - width, ends[b][1] - width
+    axes.set_xlim(-0.1, max(column.values(), default=0) + 0.7)
+    return figure

@@ -7,21 +7,17 @@ the data, so it is escaped wherever it is drawn.
 from __future__ import annotations
 
 import heapq
-import html
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
 from stackpkg.data.filters import SIGNS, Page, sign_of
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 EXCERPT = 200  # characters
 
@@ -111,23 +107,17 @@ def losses(parts: Sequence[Path], stage: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["domain", "stage", "reason", "documents"])
 
 
-def flow(lost: pd.DataFrame) -> Figure:
-    """Sankey diagram of what was lost where and why: domain -> stage -> reason, and domain -> kept.
+def flow(lost: pd.DataFrame) -> dict[tuple[str, str], int]:
+    """What `plots.flow` draws: documents from each domain to the stage that lost them and on to the reason, or to kept.
 
     `lost` has the columns of `losses`, one stage below the other; kept documents count at the last stage alone.
     """
-    import plotly.graph_objects as go  # only the report draws
-
     links: Counter[tuple[str, str]] = Counter()
     last = list(lost["stage"])[-1] if len(lost) else ""
     for domain, stage, reason, documents in lost.itertuples(index=False):
         if reason:
-            links[f"domain {domain}", f"lost: {stage}"] += documents
-            links[f"lost: {stage}", f"{stage}: {reason}"] += documents
+            links[domain, f"lost: {stage}"] += documents
+            links[f"lost: {stage}", reason] += documents
         elif stage == last:
-            links[f"domain {domain}", "kept"] += documents
-    names = list(dict.fromkeys(name for pair in links for name in pair))
-    ends = {"source": [names.index(a) for a, _ in links], "target": [names.index(b) for _, b in links]}
-    nodes = {"label": [html.escape(name) for name in names], "pad": 12, "thickness": 12}
-    figure = go.Figure(go.Sankey(node=nodes, link=ends | {"value": list(links.values())}))
-    return figure.update_layout(title="Documents: what was lost, where and why", height=max(400, 22 * len(names)))
+            links[domain, "kept"] += documents
+    return dict(links)
