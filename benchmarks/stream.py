@@ -5,7 +5,7 @@
 The job: a batch of 8 rows of 2,048 tokens as int64 tensors of tokens, labels that stop at document boundaries, and
 positions that restart with each document, in shuffled order, in one process with one thread. The peers read rows that
 were packed for them beforehand; this package packs as it opens. `resume` is the time from what is on disk to a batch in
-the middle of the epoch. Every system runs in a process of its own, three times; the median counts.
+the middle of the epoch, `seek` the same from an open loader. Every system runs in a process of its own, three times; the median counts.
 `PEERS` holds requirements-stream.txt; without it only this package and datasets are measured.
 """
 
@@ -77,8 +77,8 @@ def build(folder: Path, p: params.Params) -> None:
 def ours(folder: Path, p: params.Params) -> dict[str, float]:
     from stackpkg.training.loader import RankBatches, StreamDataset, collate
 
-    def opened(start: int | None = None) -> DataLoader:
-        stream = Stream(folder / "data", p)
+    def opened(start: int | None = None, loader: DataLoader | None = None) -> DataLoader:
+        stream = loader.dataset.stream if loader is not None else Stream(folder / "data", p)
         batches = RankBatches(stream, p.max_steps, 1, 0, 1, lambda: start or 0)
         return DataLoader(StreamDataset(stream), batch_sampler=batches, collate_fn=collate)
 
@@ -105,6 +105,7 @@ def rows(folder: Path, p: params.Params) -> list[dict]:
             ("throughput", "Mtokens/CPU-s", lambda r: r["tokens"] / r["cpu"] / 1e6),
             ("throughput", "Mtokens/s", lambda r: r["tokens"] / r["wall"] / 1e6),
             ("resume", "ms", lambda r: 1e3 * r["resume"]),
+            ("seek", "ms", lambda r: 1e3 * r["seek"]),
         ):
             if runs_:
                 made.append(report.row(name, metric, statistics.median(map(value, runs_)), unit))

@@ -1,8 +1,8 @@
 """One system of `benchmarks/stream.py`, in the interpreter that has it: `python stream_peers.py SYSTEM FOLDER STEPS`.
 
 Each reads the same packed rows, written once in its own format, in shuffled batches of `BATCH` rows as int64 tensors.
-Prints one JSON object: tokens, seconds of wall clock and of this process's CPU for `STEPS` batches, and `resume`, the
-seconds from nothing but what is on disk, and the saved state, to the batch in the middle.
+Prints one JSON object: tokens, seconds of wall clock and of this process's CPU for `STEPS` batches; `resume`, seconds
+from nothing but what is on disk, and the saved state, to the batch in the middle; `seek`, the same from an open loader.
 """
 
 import json
@@ -57,7 +57,10 @@ def mosaic(folder: Path):
             for row in rows:
                 writer.write({"ids": np.ascontiguousarray(row)})
 
-    def opened(state=None):
+    def opened(state=None, loader=None):
+        if loader is not None:
+            loader.load_state_dict(state)
+            return loader
         clean_stale_shared_memory()
         data = StreamingDataset(local=local, shuffle=True, shuffle_seed=17, batch_size=BATCH, num_canonical_nodes=1)
         loader = StreamingDataLoader(
@@ -82,7 +85,10 @@ def litdata(folder: Path):
         writer.done()
         writer.merge()
 
-    def opened(state=None):
+    def opened(state=None, loader=None):
+        if loader is not None:
+            loader.load_state_dict(state)
+            return loader
         data = StreamingDataset(
             str(local), item_loader=TokensLoader(block_size=rows.shape[1]), shuffle=True, seed=17, drop_last=True
         )
@@ -106,8 +112,8 @@ def datasets(folder: Path):
         features = hf.Features({"ids": hf.Sequence(hf.Value("uint16"), length=rows.shape[1])})
         hf.Dataset.from_dict({"ids": list(np.asarray(rows))}, features=features).save_to_disk(str(local))
 
-    def opened(start=0):
-        data = hf.load_from_disk(str(local)).with_format("numpy")
+    def opened(start=0, loader=None):
+        data = loader.dataset if loader is not None else hf.load_from_disk(str(local)).with_format("numpy")
         order = np.random.default_rng(17).permutation(len(data))
         batches = [order[k : k + BATCH].tolist() for k in range((start or 0) * BATCH, len(order) - BATCH + 1, BATCH)]
         return DataLoader(data, batch_sampler=batches, collate_fn=lambda items: collate([i["ids"] for i in items]))
@@ -129,14 +135,14 @@ def measure(opened, state_of, steps: int) -> dict[str, float]:
         made["wall"] += time.perf_counter() - wall
         made["cpu"] += time.process_time() - cpu
         state = state or state_of(loader, steps // 2 + 1)
-    expected, times = None, []
-    for _ in range(2):
+    expected, times = None, {"resume": [], "seek": []}
+    for name in ("resume", "seek", "resume", "seek"):
         start = time.perf_counter()
-        found = next(iter(opened(state)))["input_ids"]
-        times.append(time.perf_counter() - start)
-        assert expected is None or torch.equal(expected, found), "a resume does not repeat itself"
+        found = next(iter(opened(state, loader if name == "seek" else None)))["input_ids"]
+        times[name].append(time.perf_counter() - start)
+        assert expected is None or torch.equal(expected, found), f"a {name} does not come to the same batch"
         expected = found
-    return made | {"resume": min(times)}
+    return made | {name: min(found) for name, found in times.items()}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def flow(links: Mapping[tuple[str, str], int]) -> Figure:
             column[b] = max(column.get(b, 1), column.setdefault(a, 0) + 1)
     sums = ({n: sum(v for pair, v in links.items() if pair[side] == n) for n in column} for side in (0, 1))
     total = {n: max(both) for n, *both in zip(column, *(side.values() for side in sums), strict=True)}
-    gap, figure = 0.04 * sum(v for (a, _), v in links.items() if not column[a]), plt.figure(figsize=(8, 4.5), layout="none")
+    gap = 0.04 * sum(v for (a, _), v in links.items() if not column[a])
+    figure = plt.figure(figsize=(8, 4.5), layout="none")
     axes, ends, colour = figure.add_axes((0, 0, 1, 1)), dict[str, list[float]](), dict[str, str]()
     axes.set_axis_off()
     for place in range(max(column.values(), default=0) + 1):
