@@ -78,7 +78,7 @@ def trace(
     document: Annotated[
         str | None, typer.Option("--document", help="record id, or its source: which steps read it?")
     ] = None,
-    job: Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")] = "main",
+    job: Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")] = "train",
 ) -> None:
     """From a step to its documents, or from a document to its steps."""
     if (step is None) == (document is None):

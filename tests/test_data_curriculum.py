@@ -139,8 +139,8 @@ def test_a_condition_is_judged_once_for_each_step() -> None:
     assert curriculum.judge(plan, 4, {"long_range_accuracy": 0.95}, [kept]) == [], "a resume repeats what was decided"
     assert curriculum.judge(plan, 10, {"long_range_accuracy": 0.95}, []) == [], "the stage is over as it is"
     assert curriculum.judge(plan, 15, {"long_range_accuracy": 0.95}, []) == [], "the last stage has no end"
-    with pytest.raises(ValueError, match="'long_range_accuracy' is not in the report; allowed: \\['loss'\\]"):
-        curriculum.judge(plan, 4, {"loss": 1.0}, [])
+    with pytest.raises(ValueError, match="'long_range_accuracy' is no number of the report; allowed: \\['loss'\\]"):
+        curriculum.judge(plan, 4, {"loss": 1.0, "long_range_accuracy": {"code": 1.0}}, [])
 
 
 def test_bounds_hold_at_their_edge() -> None:

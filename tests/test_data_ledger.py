@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_step_tells_every_token_of_its_batch(run: Path) -> None:
-    ledger = Ledger(run)
+    ledger = Ledger(run, "main")
     for step in range(20):
         batch, told = ledger.stream[step], ledger.step(step)
         numbers = ledger.stream.plan.rows_at(ledger.stream.plan.position(step))
@@ -54,25 +54,32 @@ def test_a_step_tells_every_token_of_its_batch(run: Path) -> None:
                 at += item["tokens"]
             assert (batch["labels"][k, at:] < 0).all()
             pairs = [item for item in told if item["row"] == i and item["use"] == "pairs"]
+            assert len([item for item in told if item["row"] == i and item["use"] == "negative"]) == 2 * len(pairs)
             assert len(pairs) == int(batch["pair_key"][k] >= 0)
 
 
 def test_a_document_is_in_exactly_the_steps_that_tell_it(run: Path) -> None:
-    ledger = Ledger(run)
+    ledger = Ledger(run, "main")
     expected: dict[str, set[tuple[int, str]]] = {}
     for step in range(20):
         for item in ledger.step(step):
             if item["use"] not in ("task", "withdrawn"):
                 expected.setdefault(item["record_id"], set()).add((step, item["use"]))
     records = {str(record) for record in ledger.stream.corpus.records}
-    assert {use for uses in expected.values() for _, use in uses} == {"text", "filler", "pairs", "preferences"}
+    assert {use for uses in expected.values() for _, use in uses} == {
+        "text",
+        "filler",
+        "pairs",
+        "preferences",
+        "negative",
+    }
     for record in records:
         found = {(item["step"], item["use"]) for item in ledger.document(record)}
         assert found == expected.get(record, set()), record
 
 
 def test_skipped_data_was_in_no_step(run: Path) -> None:
-    ledger = Ledger(run)
+    ledger = Ledger(run, "main")
     plan = ledger.stream.plan
     read = {i for step in range(20) for i in plan.rows_at(plan.position(step))}
     assert not read & {i for position in (4, 5) for i in plan.rows_at(position)}
@@ -80,7 +87,7 @@ def test_skipped_data_was_in_no_step(run: Path) -> None:
 
 
 def test_a_withdrawn_record_is_in_no_later_step(run: Path) -> None:
-    ledger = Ledger(run)
+    ledger = Ledger(run, "main")
     (victim,) = ledger.stream.schedule.withdrawn
     assert all(item["step"] < 10 for item in ledger.document(victim))
 
@@ -88,7 +95,7 @@ def test_a_withdrawn_record_is_in_no_later_step(run: Path) -> None:
 @pytest.mark.parametrize(("step", "said"), [(-1, r"0\.\.19"), (20, r"0\.\.19")])
 def test_a_step_outside_the_job_is_refused(run: Path, step: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Ledger(run).step(step)
+        Ledger(run, "main").step(step)
 
 
 def test_another_job_or_another_corpus_is_refused(run: Path, tmp_path: Path) -> None:
@@ -97,5 +104,7 @@ def test_another_job_or_another_corpus_is_refused(run: Path, tmp_path: Path) -> 
     copy = shutil.copytree(run, tmp_path / "run")
     job = runs.read_json(copy / "checkpoints/main/job.json")
     runs.write_json(copy / "checkpoints/main/job.json", job | {"data": {"manifest.json": "0" * 64}})
-    with pytest.raises(ValueError, match="main was trained on manifest 0000000000000000: roll the shards back to it"):
-        Ledger(copy)
+    with pytest.raises(
+        ValueError, match=r"main was trained on manifest\.json 0000000000000000, this is another: roll back"
+    ):
+        Ledger(copy, "main")

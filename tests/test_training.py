@@ -265,7 +265,7 @@ def test_decisions_are_recorded_once_and_a_resume_repeats_them(decided: RunFolde
     made = curriculum.decisions(decided.path / "checkpoints/main/decisions.jsonl")
     assert [(d["kind"], d["step"]) for d in made] == [("withdraw", 0), ("stage_end", 3)]
     assert made[1]["metric"] == "validation_loss" and 0 < made[1]["value"] < 100
-    table, ledger = history(decided, "main"), Ledger(decided.path)
+    table, ledger = history(decided, "main"), Ledger(decided.path, "main")
     assert table.attempt.tolist() == [1, 1, 1, 1, 2, 2], "the second attempt began after the decision"
     assert table.context.tolist() == [64] * 3 + [128] * 3 and table.cursor.tolist() == [1, 2, 3, 4, 5, 6]
     assert ledger.stream.plan.steps == [3, 3]

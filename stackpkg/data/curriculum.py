@@ -62,7 +62,8 @@ class Plan:
         """Steps of data in each stage: the last takes what an early end saved, and makes up for what was skipped."""
         steps = [stage.steps for stage in self.stages]
         for end in sorted(ends, key=lambda d: int(d["stage"])):
-            steps[end["stage"]] = self.position(end["step"]) - sum(steps[: end["stage"]])
+            passed = sum(n for at, n in self.skips if at < end["step"])  # what is skipped at the end itself comes after
+            steps[end["stage"]] = end["step"] + passed - sum(steps[: end["stage"]])
         steps[-1] += sum(stage.steps for stage in self.stages) + sum(n for _, n in self.skips) - sum(steps)
         return steps
 
@@ -125,9 +126,9 @@ class Plan:
 
 def holds(until: Until, report: Mapping[str, Any]) -> bool:
     """Whether an epoch report meets the condition. Raises `ValueError` for a metric that it does not have."""
-    if until.metric not in report:
-        numbers = [name for name, value in report.items() if isinstance(value, int | float)]
-        raise ValueError(f"curriculum until.metric {until.metric!r} is not in the report; allowed: {numbers}")
+    numbers = [name for name, value in report.items() if isinstance(value, int | float)]
+    if until.metric not in numbers:
+        raise ValueError(f"curriculum until.metric {until.metric!r} is no number of the report; allowed: {numbers}")
     value = float(report[until.metric])
     return value >= until.at_least if until.at_least is not None else value <= float(until.at_most or 0)
 

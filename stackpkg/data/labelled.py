@@ -64,7 +64,7 @@ def mine(
     if isinstance(records, pa.Table):
         records = records.select([*ORIGIN, "domain", "text"]).filter(pc.field("domain") == "code").to_pylist()
     pairs: list[Pair] = []
-    seen, asked, documents = set[str](), dict[str, str](), dict[str, str]()
+    seen, asked, documents, owner = set[str](), dict[str, str](), dict[str, str](), dict[str, str]()
     code = [(record["record_id"], record) for record in records if record["domain"] == "code"]
     for name, record in sorted(code, key=lambda item: (item[0] not in validation, mixing.hashed(1, item[0])[0])):
         split = "held_out" if len(pairs) < held_out else "train"
@@ -73,6 +73,7 @@ def mine(
         seen |= {f.body for f in fresh}
         first = [f for f in fresh if asked.setdefault(f.query or f.code, f.code) == f.code]
         documents |= {f.code: split for f in first}
+        owner |= {f.code: name for f in first}
         for f in [f for f in first if len(f.query.split()) >= 3][:PER_MODULE]:
             others = (fresh[k].body for k in mixing.permutation(len(fresh), name, f.query))
             if wrong := next((body for body in others if not retrieval_sets.similar(body, f.body)), ""):
@@ -81,7 +82,8 @@ def mine(
                 pairs.append(where | texts | choice | {"pair_key": retrieval_sets.key(f.code)})
         if len(pairs) >= sizes.pairs:
             break
-    return retrieval_sets.mine_negatives(pairs[: sizes.pairs], documents, sizes.hard_negatives, sizes.negative_margin)
+    made = retrieval_sets.mine_negatives(pairs[: sizes.pairs], documents, sizes.hard_negatives, sizes.negative_margin)
+    return [pair | {"negative_records": [owner[text] for text in pair["negatives"]]} for pair in made]
 
 
 class Labelled(NamedTuple):
@@ -107,11 +109,14 @@ def load(sizes: Auxiliary, mined: Sequence[Pair], evaluation: Collection[str] = 
         given, documents, found = retrieval_sets.read(path := runs.root() / sizes.retrieval_set)
         problems.check(path, len(given), found)
         pairs = retrieval_sets.mine_negatives(given, documents, sizes.hard_negatives, sizes.negative_margin)
+        pairs = [pair | {"negative_records": [pair["record_id"]] * len(pair["negatives"])} for pair in pairs]
     if sizes.preference_set:
         stated, wrong = preferences.read(path := runs.root() / sizes.preference_set)
         problems.check(path, len(stated), wrong)
         choices, found = preferences.split(stated, retrieval_sets.HELD_OUT), [*found, *wrong]
-    pairs, shared = _joined(mined, pairs, ("query", "positive", "negatives", "pair_key", "unseen"), evaluation)
+    pairs, shared = _joined(
+        mined, pairs, ("query", "positive", "negatives", "negative_records", "pair_key", "unseen"), evaluation
+    )
     choices, copied = _joined(mined, choices, (*preferences.TEXTS, "format"), evaluation)
     return Labelled(pairs, choices, found, shared + copied)
 

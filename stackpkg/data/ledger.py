@@ -18,7 +18,7 @@ class Ledger:
     `run` is the run's folder, `name` its job. Raises `ValueError` when the shards are no longer those of the job.
     """
 
-    def __init__(self, run: Path, name: str = "main") -> None:
+    def __init__(self, run: Path, name: str) -> None:
         home = run / "checkpoints" / name
         if not (home / "job.json").exists():
             jobs = sorted(path.parent.name for path in run.glob("checkpoints/*/job.json"))
@@ -28,9 +28,9 @@ class Ledger:
         self.stream = Stream(
             run / "data", params.validate(job["params"]), curriculum.decisions(home / "decisions.jsonl")
         )
-        trained = job["data"]["manifest.json"]
-        if trained != self.stream.manifest_digest:
-            raise ValueError(f"{name} was trained on manifest {trained[:16]}: roll the shards back to it first")
+        for file, sha in job["data"].items():
+            if runs.digest(run / "data" / file) != sha:
+                raise ValueError(f"{name} was trained on {file} {sha[:16]}, this is another: roll back to it first")
 
     def step(self, step: int) -> list[dict[str, Any]]:
         """What was in optimiser step `step` (from 0): a dict for each document, filler, task and labelled item."""
@@ -60,8 +60,8 @@ class Ledger:
             }
         for name in stream.labelled:
             if stream.carries(i, RATES[name]):
-                record = stream.origins[name][stream.ridden(name, i)]
-                yield {"record_id": record, "domain": "code", "use": name, "begin": 0, "tokens": 0}
+                for k, record in enumerate(stream.origins[name][stream.ridden(name, i)]):
+                    yield {"record_id": record, "use": "negative" if k else name, "begin": 0, "tokens": 0}
 
     def document(self, record_id: str) -> list[dict[str, Any]]:
         """The optimiser steps that read a record, in order: {"step", "use"}. As text by the inverse of the schedule, as
@@ -80,9 +80,10 @@ class Ledger:
                 if any(stream.corpus.records[d] == record_id for d, *_ in stream.schedule.pieces(i)):
                     rows.append((i, "filler"))
         for name in stream.labelled:
-            if record_id in stream.origins[name]:
-                carried = (i for i in range(len(stream.plan)) if stream.carries(i, RATES[name]))
-                rows += [(i, name) for i in carried if stream.origins[name][stream.ridden(name, i)] == record_id]
+            if any(record_id in origins for origins in stream.origins[name]):
+                for i in (i for i in range(len(stream.plan)) if stream.carries(i, RATES[name])):
+                    own, *others = stream.origins[name][stream.ridden(name, i)]
+                    rows += [(i, name)] * (own == record_id) + [(i, "negative")] * (record_id in others)
         gone = stream.schedule.withdrawn.get(record_id, NEVER)
         for i, use in rows:
             step = stream.plan.step_at(stream.plan.position_of(i))

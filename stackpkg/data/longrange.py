@@ -50,6 +50,10 @@ def row(task: Mapping[str, Any], filler: np.ndarray, specials: Mapping[str, int]
     `specials` are the tokenizer's, of the manifest.
     """
     query, named, said = (specials[token] for token in MARKS)
+    if used := {token: number for token, number in specials.items() if KEYS.start <= number < VALUES.stop}:
+        raise ValueError(
+            f"the tokenizer has control tokens where tasks draw words, ids {KEYS.start}-{VALUES.stop}: {used}"
+        )
     count, ids, answers = len(task["keys"]), filler.astype(np.int64), np.zeros(len(filler), bool)
     slots = (len(ids) - PIECE * count - task["window"]) // PIECE
     if slots < count:

@@ -29,18 +29,28 @@ def permutation(n: int, *key: object) -> np.ndarray:
 
 
 def shares(
-    tokens: Mapping[str, int], temperature: float, max_share: float = 1, max_epochs: float = np.inf, budget: int = 0
+    tokens: Mapping[str, int],
+    temperature: float,
+    max_share: float = 1,
+    max_epochs: float = np.inf,
+    budget: int = 0,
+    before: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Share of each domain, summing to 1. A temperature below 1 lifts small domains.
 
-    No domain gets more than `max_share`, nor is read more than `max_epochs` times in a run of `budget` tokens; what is
-    above goes to the other domains in proportion. Raises `ValueError` when the domains can't fill the run under these.
+    No domain gets more than `max_share`, nor is read more than `max_epochs` times in `budget` tokens and what was read
+    `before` (tokens by domain); what is above goes to the other domains in proportion. Raises `ValueError` when the
+    domains can't fill the run under these.
     """
     if not tokens or min(tokens.values()) < 1:
         raise ValueError(f"every domain needs at least one token to mix; given {dict(tokens)}; drop the empty domain")
     if max_epochs < np.inf and budget < 1:
         raise ValueError(f"max_epochs {max_epochs} needs `budget`, the tokens the run reads; given {budget}")
-    limits = {d: min(max_share, max_epochs * count / max(1, budget)) for d, count in sorted(tokens.items())}
+    read = before or {}
+    limits = {
+        d: min(max_share, max(0.0, max_epochs * count - read.get(d, 0)) / max(1, budget)) if budget else max_share
+        for d, count in sorted(tokens.items())
+    }
     if sum(limits.values()) < 1 - 1e-9:
         mend = f"raise max_epochs {max_epochs:g} or max_share {max_share:g}, shorten the run or add text"
         mend = mend if max_share * len(tokens) >= 1 else f"give max_share {1 / len(tokens):.3g} or more"

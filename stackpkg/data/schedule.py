@@ -1,6 +1,7 @@
 """Which documents each row holds: epochs of whole documents, packed, and the withdrawals decided under way."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -40,7 +41,11 @@ class Schedule:
             for split in ("train", "validation")
         }
         self._packs: dict[tuple[str, int], Pack] = {}
-        self.mixtures = [self._mixture(stage) for stage in p.curriculum]
+        self.mixtures, read = list[dict[str, float]](), Counter[str]()
+        for stage in p.curriculum:
+            self.mixtures.append(self._mixture(stage, read))
+            tokens = stage.steps * p.training.batch_tokens * (1 - stage.long_range)
+            read.update({domain: share * tokens for domain, share in self.mixtures[-1].items()})
         self.use(decisions)
 
     def use(self, decisions: Iterable[Decision]) -> None:
@@ -54,11 +59,12 @@ class Schedule:
                 row = self.plan.rows_at(self.plan.position(d["step"])).start
                 self.withdrawn[d["record_id"]] = min(row, self.withdrawn.get(d["record_id"], NEVER))
         self.gone = np.full(len(self.corpus.records), NEVER)
-        for record, row in self.withdrawn.items():
-            self.gone[self.corpus.records == record] = row
+        if self.withdrawn:
+            self.gone[:] = [self.withdrawn.get(record, NEVER) for record in self.corpus.records]
 
-    def _mixture(self, stage: Stage) -> dict[str, float]:
-        """Share of each domain among the text rows of a stage; only documents that fit its context count."""
+    def _mixture(self, stage: Stage, read: Mapping[str, float]) -> dict[str, float]:
+        """Share of each domain among the text rows of a stage, after `read` tokens of each; only documents that fit its
+        context count."""
         data, tokens = self.p.data, {}
         for domain in self.domains:
             lengths = self.corpus.tokens[self.corpus.members["train", domain]]
@@ -68,7 +74,8 @@ class Schedule:
             raise ValueError(f"no training document fits a context of {stage.context} tokens: begin with a longer one")
         budget = int(stage.steps * self.p.training.batch_tokens * (1 - stage.long_range))
         temperature = stage.temperature or data.temperature
-        return dict.fromkeys(tokens, 0.0) | mixing.shares(present, temperature, data.max_share, data.max_epochs, budget)
+        caps = data.max_share, data.max_epochs, budget, read
+        return dict.fromkeys(tokens, 0.0) | mixing.shares(present, temperature, *caps)
 
     def _epochs(self, lane: int) -> list[Epochs]:
         members = self.corpus.members["train", self.domains[lane]]

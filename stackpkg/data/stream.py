@@ -37,10 +37,12 @@ class Stream:
         wanted = any(stage.preferences for stage in p.curriculum)
         answers = self._set(folder / "preferences.parquet", wanted)["train"] if wanted else []
         self.tasks, self.pairs = tasks, {split: self._padded(rows) for split, rows in pairs.items()}
-        self.origins = {"pairs": [row["record_id"] for row in pairs["train"]]}
+        # the records an item has text of, its own first
+        self.origins = {"pairs": [(row["record_id"], *row["negative_records"]) for row in pairs["train"]]}
+        self._held_out = [(row["record_id"], *row["negative_records"]) for row in pairs["held_out"]]
         self.labelled = {"pairs": self.pairs["train"]}
         if answers:
-            self.origins["preferences"] = [row["record_id"] for row in answers]
+            self.origins["preferences"] = [(row["record_id"],) for row in answers]
             self.labelled["preferences"] = self._answers(answers)
 
     def _set(self, file: Path, used: bool) -> dict[str, list[dict[str, Any]]]:
@@ -90,8 +92,9 @@ class Stream:
         ids = np.full((rows, context), self.pad_id, np.int64)
         return {"input_ids": ids, "position_ids": np.empty_like(ids), "answer_mask": np.zeros(ids.shape, bool)}
 
-    def _fill(self, made: Batch, k: int, pieces: list[Piece], i: int = -1) -> None:
-        """Packed documents into row k. What is withdrawn stays padding; so does the end, as one more document."""
+    def _fill(self, made: Batch, k: int, pieces: list[Piece], i: int = NEVER - 1) -> None:
+        """Packed documents into row k. What is withdrawn stays padding; so does the end, as one more document. Held-out
+        rows have no number: whatever is withdrawn is missing from them at once."""
         ids, positions, at = made["input_ids"][k], made["position_ids"][k], 0
         for d, begin, count in pieces:
             if self.schedule.gone[d] > i:
@@ -100,7 +103,7 @@ class Stream:
             at += count
         positions[at:] = self._places[: len(ids) - at]
 
-    def _recall(self, made: Batch, k: int, split: str, ordinal: int, i: int = -1) -> None:
+    def _recall(self, made: Batch, k: int, split: str, ordinal: int, i: int = NEVER - 1) -> None:
         """Long-range row `ordinal` of a split into row k: one document, over running text of the same split."""
         ids, text = made["input_ids"][k], "validation" if split == "held_out" else "train"
         self._fill(made, k, self.schedule.filler(text, ordinal, len(ids)), i)
@@ -132,7 +135,7 @@ class Stream:
         for place in range(i, i + len(origins)):
             epoch, inside = divmod(place, len(origins))
             chosen = int(permutation(len(origins), self.p.seed, name, epoch)[inside])
-            if self.schedule.withdrawn.get(origins[chosen], NEVER) > i:
+            if all(self.schedule.withdrawn.get(record, NEVER) > i for record in origins[chosen]):
                 return chosen
         raise ValueError(f"every record of the {name} is withdrawn: run notebook 13 again on what is left")
 
@@ -180,4 +183,6 @@ class Stream:
 
     def validation_pairs(self, n: int) -> Batch:
         """At most `n` held-out pairs: query_ids [n, Lq], positive_ids [n, Ld], pair_key [n]."""
-        return {name: self.pairs["held_out"][name][:n] for name in ("query_ids", "positive_ids", "pair_key")}
+        known = self.schedule.withdrawn
+        left = [k for k, origins in enumerate(self._held_out) if origins[0] not in known][:n]
+        return {name: self.pairs["held_out"][name][left] for name in ("query_ids", "positive_ids", "pair_key")}

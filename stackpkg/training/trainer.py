@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from stackpkg.data import curriculum
 from stackpkg.data.provenance import withdrawals_due
+from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.model.retrieval import embed
@@ -237,8 +238,7 @@ class StackTrainer(Trainer):
 
     # ---- decisions about the data still to come
     def _begin(self) -> int:
-        """The step this attempt begins at. Records whose time may end before the attempt must end are withdrawn now."""
-        self.ends = time.time() + 60 * self.p.layout.timeout_minutes
+        """The step this attempt begins at. Records whose time may end before a launch must end are withdrawn now."""
         self._decide(self.state.global_step, None)
         return self.state.global_step
 
@@ -246,8 +246,10 @@ class StackTrainer(Trainer):
         """What holds from `step` on, told by rank 0 and on disk before any rank acts on it."""
         schedule, told = self.stream.schedule, list[Any]([[]])
         if self.rank == 0:
-            due = withdrawals_due(self.folder / "data", self.p.data, int(self.ends))
-            new = {record: why for record, why in due.items() if record not in schedule.withdrawn}
+            by = int(time.time() + 60 * self.p.layout.timeout_minutes)
+            due = withdrawals_due(self.folder / "data", self.p.data, by)
+            start = schedule.plan.rows_at(schedule.plan.position(step)).start  # a later date does not hold from here
+            new = {record: why for record, why in due.items() if schedule.withdrawn.get(record, NEVER) > start}
             made = curriculum.judge(schedule.plan, step, report, schedule.decisions) if report else []
             made += [{"kind": "withdraw", "step": step, "record_id": record, "why": why} for record, why in new.items()]
             curriculum.record(Path(str(self.args.output_dir)) / "decisions.jsonl", made)
