@@ -1,4 +1,4 @@
-"""`stackpkg`: run, trace, status, verify, sign, book."""
+"""`stackpkg`: run, trace, skip, status, verify, sign, book."""
 
 from __future__ import annotations
 
@@ -95,6 +95,28 @@ def trace(
     except ValueError as error:
         _stop(error)
     typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in rows) or "none")
+
+
+@app.command()
+def skip(
+    path: Folder,
+    step: Annotated[int, typer.Option("--step", min=0, help="first optimiser step, from 0, that reads later data")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="steps of data to pass over")],
+    job: Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")] = "train",
+) -> None:
+    """Pass over a range of data when a stopped training job goes on; recorded, so that every resume repeats it."""
+    from stackpkg.data import curriculum
+
+    home = _folder(path).path / "checkpoints" / job
+    if not (home / "job.json").exists():
+        _stop(f"{path} has no training job {job!r}; run notebook 31 first, or give another --job")
+    made = [int(found.name.partition("-")[2]) for found in home.glob("checkpoint-*") if found.name[11:].isdigit()]
+    if late := max((number for number in made if number > step), default=0):
+        _stop(
+            f"checkpoint-{late} has trained past step {step}: move it and later ones aside first, as the runbook says"
+        )
+    curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
+    typer.echo(f"from step {step} on, {steps} steps of data are passed over; run the profile again to go on")
 
 
 @app.command()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from data_corpus import corpus, documents, profile
 from typer.testing import CliRunner
 
 from stackpkg import cli, params, pipeline, runs
+from stackpkg.data import curriculum
 from stackpkg.governance import checklist, seal
 
 ROOT = Path(__file__).parents[1]
@@ -224,3 +226,32 @@ def test_a_run_that_changed_since_its_seal_is_not_signed(run: Path) -> None:
     key = run.parent / ".demonstration/demo/safety"
     done = call("sign", run, "--role", "safety", "--key", key, "--reviewer", "safety@demonstration.invalid")
     assert done.exit_code == 1 and "late.txt: added, missing or changed since the seal" in done.stderr
+
+
+def test_a_range_of_data_is_skipped_from_a_step_that_is_not_trained_yet(run: Path) -> None:
+    assert "has no training job 'train'" in call("skip", run, "--step", "3", "--steps", "2").stderr
+    home = run / "checkpoints/train"
+    runs.write_json(home / "job.json", {})
+    (home / "checkpoint-6").mkdir()
+    late = call("skip", run, "--step", "3", "--steps", "2")
+    assert late.exit_code == 1 and "checkpoint-6 has trained past step 3: move it" in late.stderr
+    done = call("skip", run, "--step", "6", "--steps", "2")
+    assert done.exit_code == 0 and "from step 6 on, 2 steps of data are passed over" in done.stdout
+    assert curriculum.decisions(home / "decisions.jsonl") == [{"kind": "skip", "step": 6, "steps": 2}]
+
+
+def test_trace_goes_both_ways(run: Path) -> None:
+    assert "give one of --step and --document" in call("trace", run).stderr
+    assert "has no training job 'train'; it has none" in call("trace", run, "--step", "0").stderr
+    shutil.copytree(corpus(), run / "data")
+    names = ("manifest.json", "pairs.parquet", "long_range.parquet")
+    job = {"params": profile().model_dump(mode="json"), "steps": 20}
+    runs.write_json(
+        run / "checkpoints/train/job.json", job | {"data": {n: runs.digest(run / "data" / n) for n in names}}
+    )
+    lines = call("trace", run, "--step", "3").stdout.splitlines()
+    record = next(line for line in lines if "use text" in line).split("record_id ")[1].split()[0]
+    assert "step 3  use text" in call("trace", run, "--document", record).stdout
+    source = next(row["source"] for row in documents() if row["record_id"] == record)
+    assert call("trace", run, "--document", source).stdout == call("trace", run, "--document", record).stdout
+    assert call("trace", run, "--document", "unknown").stdout == "none\n"
