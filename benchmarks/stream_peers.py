@@ -58,10 +58,7 @@ def mosaic(folder: Path):
                 writer.write({"ids": np.ascontiguousarray(row)})
 
     def opened(state=None, loader=None):
-        if loader is not None:
-            loader.load_state_dict(state)
-            return loader
-        clean_stale_shared_memory()
+        clean_stale_shared_memory()  # an open loader takes a state for its next epoch: to seek is to open anew
         data = StreamingDataset(local=local, shuffle=True, shuffle_seed=17, batch_size=BATCH, num_canonical_nodes=1)
         loader = StreamingDataLoader(
             data, batch_size=BATCH, collate_fn=lambda items: collate([i["ids"] for i in items])
