@@ -1,12 +1,14 @@
 """Which rows a rank reads: any number of ranks and micro-batches reads every row once, in the same order."""
 
+import time
+
 import pytest
 import torch
 from data_corpus import corpus, profile
 from torch.utils.data import DataLoader
 
 from stackpkg.data.stream import Stream
-from stackpkg.training.loader import RankBatches, StreamDataset, collate
+from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,15 @@ def test_a_loader_gives_them_as_stacked_tensors(stream: Stream) -> None:
         len(batches) == 40 and batches[0]["input_ids"].shape == (4, 64) and batches[-1]["input_ids"].shape == (2, 128)
     )
     assert torch.equal(batches[1]["labels"], torch.as_tensor(stream[0]["labels"][12:16]))
+
+
+def test_the_time_waited_is_that_of_the_iterator_alone() -> None:
+    def slow():
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    timed = Timed(slow())
+    assert list(timed) == [0, 1, 2] and 0.06 <= timed.seconds < 0.5
+    time.sleep(0.1)
+    assert timed.seconds < 0.5 and list(timed) == []

@@ -24,13 +24,13 @@ class Ledger:
             jobs = sorted(path.parent.name for path in run.glob("checkpoints/*/job.json"))
             raise ValueError(f"{run.name} has no training job {name!r}; it has {jobs or 'none: run notebook 31'}")
         job = runs.read_json(home / "job.json")
+        for file, sha in job["data"].items():
+            if runs.digest(run / "data" / file) != sha:
+                raise ValueError(f"{name} was trained on {file} {sha[:16]}, this is another: roll back to it first")
         self.steps = int(job["steps"])
         self.stream = Stream(
             run / "data", params.validate(job["params"]), curriculum.decisions(home / "decisions.jsonl")
         )
-        for file, sha in job["data"].items():
-            if runs.digest(run / "data" / file) != sha:
-                raise ValueError(f"{name} was trained on {file} {sha[:16]}, this is another: roll back to it first")
 
     def step(self, step: int) -> list[dict[str, Any]]:
         """What was in optimiser step `step` (from 0): a dict for each document, filler, task and labelled item."""

@@ -49,6 +49,8 @@ class Stream:
         """Rows of a labelled set by split; a set that no stage asks for may be missing."""
         rows = tokenizer.read_ids(file, self.corpus.manifest[tokenizer.STAMP]) if file.exists() else []
         made = {split: [row for row in rows if row["split"] == split] for split in ("train", "held_out")}
+        if rows and file.name == "pairs.parquet" and "negative_records" not in rows[0]:
+            raise ValueError(f"{file.name} does not tell the records of its negatives: run notebook 13 again")
         if used and not all(made.values()):
             raise ValueError(f"{file.name} lacks training or held-out rows: raise their number, run notebook 13 again")
         return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,20 @@ class RankBatches(Sampler[list[int]]):
             for micro in range(self.accumulation):
                 first = (micro * self.ranks + self.rank) * size
                 yield list(rows[first : first + size])
+
+
+class Timed(Iterator[Any]):
+    """An iterator that counts the `seconds` its caller waited for it."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self.items, self.seconds = items, 0.0
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 def collate(batch: Any) -> dict[str, Tensor]:

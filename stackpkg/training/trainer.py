@@ -30,7 +30,7 @@ from stackpkg.telemetry.probes import model_statistics, routed, router_statistic
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import checkpoint
 from stackpkg.training.ema import ShardedEMA, local, reshard
-from stackpkg.training.loader import RankBatches, StreamDataset, collate
+from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.optim import effective_beta
 from stackpkg.training.recovery import SkipNonFinite, inject
 from stackpkg.training.snapshots import complete
@@ -83,9 +83,9 @@ class StackTrainer(Trainer):
         return DataLoader(StreamDataset(self.stream), batch_sampler=self.batches, collate_fn=collate)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        start = time.perf_counter()
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._data_wait = time.perf_counter() - start
+        timed = Timed(epoch_iterator)  # alone: what follows in there waits for the other ranks
+        batches, count = super().get_batch_samples(timed, num_batches, device)
+        self._data_wait = timed.seconds
         return batches, count
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
