@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -14,6 +15,7 @@ from stackpkg.runs import RunFolder, root
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A training stack: run, inspect, sign, publish.")
 COLOUR = {"green": "green", "amber": "yellow", "red": "red"}
 Folder = Annotated[Path, typer.Argument(help="a run's folder, such as outbox/smoke")]
+Job = Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")]
 
 
 def _stop(message: object) -> NoReturn:
@@ -72,19 +74,13 @@ def run(
 @app.command()
 def trace(
     path: Folder,
-    step: Annotated[
-        int | None, typer.Option("--step", help="optimiser step, from 0: which documents were in it?")
-    ] = None,
-    document: Annotated[
-        str | None, typer.Option("--document", help="record id, or its source: which steps read it?")
-    ] = None,
-    job: Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")] = "train",
+    step: Annotated[int | None, typer.Option(help="optimiser step, from 0: which documents were in it?")] = None,
+    document: Annotated[str | None, typer.Option(help="record id, or its source: which steps read it?")] = None,
+    job: Job = "train",
 ) -> None:
     """From a step to its documents, or from a document to its steps."""
     if (step is None) == (document is None):
         _stop("give one of --step and --document")
-    import hashlib
-
     from stackpkg.data.ledger import Ledger
 
     try:
@@ -102,7 +98,7 @@ def skip(
     path: Folder,
     step: Annotated[int, typer.Option("--step", min=0, help="first optimiser step, from 0, that reads later data")],
     steps: Annotated[int, typer.Option("--steps", min=1, help="steps of data to pass over")],
-    job: Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")] = "train",
+    job: Job = "train",
 ) -> None:
     """Pass over a range of data when a stopped training job goes on; recorded, so that every resume repeats it."""
     from stackpkg.data import curriculum
@@ -110,11 +106,9 @@ def skip(
     home = _folder(path).path / "checkpoints" / job
     if not (home / "job.json").exists():
         _stop(f"{path} has no training job {job!r}; run notebook 31 first, or give another --job")
-    made = [int(found.name.partition("-")[2]) for found in home.glob("checkpoint-*") if found.name[11:].isdigit()]
-    if late := max((number for number in made if number > step), default=0):
-        _stop(
-            f"checkpoint-{late} has trained past step {step}: move it and later ones aside first, as the runbook says"
-        )
+    late = max((int(c.name[11:]) for c in home.glob("checkpoint-*") if c.name[11:].isdigit()), default=0)
+    if late > step:
+        _stop(f"checkpoint-{late} has trained past step {step}: move it and later ones aside, as the runbook says")
     curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
     typer.echo(f"from step {step} on, {steps} steps of data are passed over; run the profile again to go on")
 

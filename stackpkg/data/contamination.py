@@ -60,22 +60,20 @@ def _paragraphs(text: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np
 
 
 def repeated_paragraphs(
-    parts: Sequence[Path], min_words: int, repeats: int, preference: Mapping[str, float], skip: Collection[str] = ()
+    parts: Sequence[Path], min_words: int, repeats: int, preference: Mapping[str, float]
 ) -> pa.Table:
     """`PARAGRAPHS` to cut: those of `min_words` words or more that are in more than `repeats` documents, everywhere but
     in the best one (preference: trust, then length, age, id). `paragraph` is its number in the text, from 0;
-    `documents`, how many hold it. Records of `skip` do not count. Raises `ValueError` for `repeats` below 1."""
+    `documents`, how many hold it. Raises `ValueError` for `repeats` below 1."""
     if repeats < 1:
         raise ValueError(f"repeats = {repeats}: a paragraph of one document is no repeat; give 1 or more")
     tables, found, at = [dedup.ABOUT.empty_table()], [(np.empty(0, np.uint64), *[np.empty(0, np.int64)] * 2)], 0
     for batch in sketches.batches(parts, "record_id", "timestamp"):
         tables.append(dedup.about(batch, preference))
-        names = tables[-1]["record_id"].to_pylist()
-        for document, (row, name) in enumerate(zip(batch.rows, names, strict=True), at):
-            if name not in skip:
-                hashes, places = _paragraphs(batch.text, batch.ends[row], batch.ends[row + 1])
-                long = np.flatnonzero(places[:, 0] >= min_words)
-                found.append((hashes[long], np.full(len(long), document), long))
+        for document, row in enumerate(batch.rows, at):
+            hashes, places = _paragraphs(batch.text, batch.ends[row], batch.ends[row + 1])
+            long = np.flatnonzero(places[:, 0] >= min_words)
+            found.append((hashes[long], np.full(len(long), document), long))
         at += len(batch.rows)
     about, (hashes, documents, numbers) = pa.concat_tables(tables), map(np.concatenate, zip(*found, strict=True))
     order = np.lexsort((numbers, np.argsort(dedup.ranked(about))[documents], hashes))
