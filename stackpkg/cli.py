@@ -85,9 +85,9 @@ def trace(
 
     try:
         ledger = Ledger(_folder(path).path, job)
-        named = hashlib.sha256(document.encode()).hexdigest()[:16] if document else ""
-        known = document if document in set(ledger.stream.corpus.records) else named
-        rows = ledger.step(step) if step is not None else ledger.document(str(known))
+        known = document in set(ledger.stream.corpus.records)
+        named = str(document) if known else hashlib.sha256(str(document).encode()).hexdigest()[:16]
+        rows = ledger.step(step) if step is not None else ledger.document(named)
     except ValueError as error:
         _stop(error)
     typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in rows) or "none")

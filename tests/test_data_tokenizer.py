@@ -139,7 +139,7 @@ def test_control_tokens_that_text_writes_too_are_refused(home, words):
     model = Tokenizer(models.WordLevel(words, unk_token="a"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model.save(str(home / "words.json"))
-    with pytest.raises(ValueError, match=r"'words\.json' has pieces of text among its control tokens"):
+    with pytest.raises(ValueError, match=r"'words\.json' has text among its control tokens"):
         tokenizer.load("words.json")
 
 

@@ -39,9 +39,7 @@ def load(name: str) -> Tokenizer:
     model.add_special_tokens(SPECIALS)
     ids = {*specials(model).values()}
     if ids & {*encode(model, [" ".join(SPECIALS)])[0]} or sum(k in ids for k in model.get_vocab().values()) > len(ids):
-        raise ValueError(
-            f"data.tokenizer {name!r} has pieces of text among its control tokens {sorted(ids)}: mend its ids"
-        )
+        raise ValueError(f"data.tokenizer {name!r} has text among its control tokens {sorted(ids)}: mend its ids")
     return model
 
 
