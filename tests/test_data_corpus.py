@@ -74,37 +74,63 @@ def test_a_changed_block_is_refused_by_name_and_no_other(blocks):
     read = Corpus(blocks)
     shard, size = 1, 64  # tokens of a block
     change(read, shard, 3 * size + 5)
-    read.check(shard, 0, 3 * size)
-    read.check(shard, 4 * size, size)
-    read.check(0, 0, int(read.manifest["shards"][0]["tokens"]))
-    message = rf"corrupt block 3 of shards/{read.names[shard]}\.bin, changed since it was opened"
-    for first, count in ((3 * size, 1), (4 * size - 1, 1), (0, 10 * size), (3 * size - 1, 2)):
-        with pytest.raises(ValueError, match=message):
-            read.check(shard, first, count)
-    read.check(shard, 4 * size - 2 * size, size)
+    tokens = read.tokens_of(shard)
+    assert len(tokens) > 5 * size and not read.tokens_of(shard).flags.writeable
+    for k in (0, 1, 2, 4):
+        read.check(shard, k)
+    message = rf"corrupt block 3 of shards/{read.names[shard]}\.bin"
+    with pytest.raises(ValueError, match=message):
+        read.check(shard, 3)
+    for d in np.flatnonzero(read.shard == shard):
+        first, last = int(read.offset[d]), int(read.offset[d] + read.tokens[d]) - 1
+        if first // size <= 3 <= last // size:
+            with pytest.raises(ValueError, match=message):
+                read.read(d, 0, int(read.tokens[d]))
+        else:
+            assert len(read.read(d, 0, int(read.tokens[d]))) == read.tokens[d]
     with pytest.raises(ValueError, match=f"corrupt or missing: shards/{read.names[shard]}.bin"):
-        [Corpus(blocks) for _ in range(400)]  # eight of many blocks are looked at each time
+        manifest.check(blocks)
 
 
 def test_the_last_block_which_is_short_is_checked_too(blocks):
     read = Corpus(blocks)
     last = int(read.manifest["shards"][1]["tokens"]) - 1
     assert (last + 1) % 64, "it is short"
-    read.check(1, last, 1)
+    read.check(1, last // 64)
     change(read, 1, last)
     with pytest.raises(ValueError, match="corrupt block"):
-        read.check(1, last, 1)
+        read.check(1, last // 64)
 
 
-def test_reading_on_finds_what_changed_after_opening(folder):
+def test_what_was_corrupt_before_opening_is_never_handed_out(folder):
     read = Corpus(folder)
     d = int(np.flatnonzero(read.shard == 0)[0])
+    change(read, 0, int(read.offset[d]))
+    for again in (read, Corpus(folder)):
+        with pytest.raises(ValueError, match=rf"corrupt block 0 of shards/{read.names[0]}\.bin"):
+            again.read(d, 0, 1)
+
+
+def test_reading_on_finds_what_changed_after_it_was_checked(folder):
+    read = Corpus(folder)
+    d = int(np.flatnonzero(read.shard == 0)[0])
+    read.read(d, 0, 1)
     change(read, 0, int(read.offset[d]))
     done = 0
     with pytest.raises(ValueError, match=rf"corrupt block 0 of shards/{read.names[0]}\.bin"):
         for done in range(reading.EVERY):  # noqa: B007
             read.read(d, 0, 1)
-    assert done == reading.EVERY - 1
+    assert done == reading.EVERY - 2
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-2])])
+def test_a_shard_that_is_gone_or_cut_is_refused_when_it_is_read(folder, damage):
+    read = Corpus(folder)
+    damage(folder / f"shards/{read.names[0]}.bin")
+    for d in np.flatnonzero(read.shard == 0)[:2]:
+        with pytest.raises(ValueError, match=f"corrupt or missing: shards/{read.names[0]}.bin"):
+            read.read(int(d), 0, 1)
+    assert len(read.read(int(np.flatnonzero(read.shard == 1)[0]), 0, 2)) == 2
 
 
 def test_changes_of_a_private_copy_are_found_as_well(folder):
@@ -112,10 +138,10 @@ def test_changes_of_a_private_copy_are_found_as_well(folder):
     path = folder / f"shards/{read.names[0]}.bin"
     private = np.memmap(path, read.manifest["dtype"], "c")
     read._maps[0] = np.asarray(private)
-    read.check(0, 0, len(private))
+    read.check(0, 0)
     private[7] ^= 1
     with pytest.raises(ValueError, match="corrupt block 0"):
-        read.check(0, 0, len(private))
+        read.check(0, 0)
     assert manifest.verify(folder) == [], "the file is what it was"
 
 
@@ -150,14 +176,14 @@ def test_ranks_open_at_once_and_read_the_same(folder):
 
 
 @pytest.mark.parametrize(("limit", "share"), [(1024, 171), (7, 2), (1, 1)])
-def test_opening_reads_no_more_blocks_than_it_may(tmp_path, monkeypatch, limit, share):
-    """The cost of opening does not grow with the corpus: so many blocks in all, or one of each shard."""
+def test_a_job_checks_no_more_blocks_than_it_may(tmp_path, monkeypatch, limit, share):
+    """The cost of a start does not grow with the corpus: so many blocks in all, or one of each shard."""
     asked, verify = [], manifest.verify
     build(tmp_path, shard_tokens=4_000)
     assert len(manifest.read(tmp_path)["shards"]) == 6
     monkeypatch.setattr(
         manifest, "verify", lambda *given, sample: asked.append(sample) or verify(*given, sample=sample)
     )
-    monkeypatch.setattr(reading, "OPENING", limit)
-    Corpus(tmp_path)
+    monkeypatch.setattr(manifest, "OPENING", limit)
+    manifest.check(tmp_path)
     assert asked == [share]

@@ -1,63 +1,96 @@
-"""The read side of the shards: memory-mapped, checked when opened and, by samples, while it is read."""
+"""The read side of the shards: memory-mapped, and checked block by block before it is used."""
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 
 from stackpkg import runs
 from stackpkg.data import manifest as versions
 
-OPENING = 1024  # blocks checked at opening, 1 GiB, or one of each shard: all of a smaller corpus
 EVERY = 64  # one read in so many is checked again
 
 
 class Corpus:
     """Documents of a version by number: `records`, `part`, `domain`, `split`, `shard`, `offset`, `tokens` are columns,
-    `members` the numbers of each (split, domain). Raises `ValueError` that names every file that is not the manifest's.
+    `members` the numbers of each (split, domain).
+
+    Opening reads the manifest and the index alone, so it takes a few milliseconds whatever the corpus; a job begins
+    with `manifest.check`. Shards are mapped, and their blocks compared with the checksums, when they are first read.
     """
 
     def __init__(self, folder: Path, version: str = "") -> None:
         path = versions.path_of(folder, version)
         self.folder, self.version, self.digest = folder, path.stem, runs.digest(path)  # the head may move on
-        self.manifest = versions.read(folder, self.version)
-        share = -(-OPENING // len(self.manifest["shards"]))  # of one shard
-        if broken := versions.verify(folder, self.version, sample=share):
-            raise ValueError(f"corrupt or missing: {', '.join(broken)}; notebook 11 shows the way back")
-        self.names = [entry["name"] for entry in self.manifest["shards"]]
-        self._paths = [folder / f"shards/{name}.bin" for name in self.names]
-        self._maps = [np.asarray(np.memmap(path, self.manifest["dtype"], "r")) for path in self._paths]
-        self._sums, self._reads = [versions.sums(path) for path in self._paths], 0
-        index = pq.read_table(versions.index(folder, self.manifest), use_threads=False)
-        self.records, self.domain, self.split = (index[name].to_numpy() for name in ("record_id", "domain", "split"))
-        self.offset, self.tokens, self.part = (index[name].to_numpy() for name in ("offset", "tokens", "part"))
-        self.shard = pc.index_in(index["shard"], value_set=pa.array(self.names)).to_numpy()
+        self.manifest = versions.parse(path)
+        self.names, self._sums = [e["name"] for e in self.manifest["shards"]], versions.blocks(folder, self.manifest)
+        index = versions.index(folder, self.manifest)
+        if not versions.whole(index, self.manifest["index_sha256"]):
+            raise ValueError(f"corrupt or missing: shards/{index.name}; notebook 11 shows the way back")
+        self._index = pa.ipc.open_file(pa.memory_map(str(index))).get_batch(0)
+        self.offset, self.tokens = (self._index[name].to_numpy() for name in ("offset", "tokens"))
+        (shards, of), (splits, split), (domains, domain) = map(self._codes, ("shard", "split", "domain"))
+        self.shard = np.array([self.names.index(name) for name in shards])[of]
         self.members = {
-            (split, domain): np.flatnonzero((self.split == split) & (self.domain == domain))
-            for split, counts in self.manifest["tokens"].items()
-            for domain in counts
+            (one, other): np.flatnonzero((split == splits.index(one)) & (domain == domains.index(other)))
+            for one, counts in self.manifest["tokens"].items()
+            for other in counts
         }
+        self._size = versions.BLOCK // np.dtype(self.manifest["dtype"]).itemsize  # tokens of a block
+        self._maps: dict[int, np.ndarray] = {}
+        self._checked = [bytearray(len(sums)) for sums in self._sums]
+        self._reads = 0
 
     def __reduce__(self) -> tuple:
         return Corpus, (self.folder, self.version)
 
+    def _codes(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The values of a column, and the number of each document's."""
+        column = self._index[name]
+        return column.dictionary.to_pylist(), column.indices.to_numpy()
+
+    @cached_property
+    def records(self) -> np.ndarray:
+        """object[documents], record ids."""
+        return self._index["record_id"].to_numpy(zero_copy_only=False)
+
+    @cached_property
+    def part(self) -> np.ndarray:
+        return self._index["part"].to_numpy()
+
+    @cached_property
+    def domain(self) -> np.ndarray:
+        return self._index["domain"].to_numpy(zero_copy_only=False)
+
+    @cached_property
+    def split(self) -> np.ndarray:
+        return self._index["split"].to_numpy(zero_copy_only=False)
+
+    def tokens_of(self, shard: int) -> np.ndarray:
+        """A shard, mapped. Raises `ValueError` when it is missing or has another size."""
+        if shard not in self._maps:
+            path, entry = self.folder / f"shards/{self.names[shard]}.bin", self.manifest["shards"][shard]
+            size = path.stat().st_size if path.exists() else 0
+            if size != entry["tokens"] * np.dtype(self.manifest["dtype"]).itemsize:
+                raise ValueError(f"corrupt or missing: shards/{path.name}; notebook 11 shows the way back")
+            self._maps[shard] = np.asarray(np.memmap(str(path), self.manifest["dtype"], "r"))
+        return self._maps[shard]
+
     def read(self, document: int, begin: int, count: int) -> np.ndarray:
         """uint16 or uint32[count], tokens of a document from `begin`. Raises `ValueError` for a block that changed."""
-        shard, first = self.shard[document], self.offset[document] + begin
+        shard, first = self.shard.item(document), self.offset.item(document) + begin
+        tokens, checked = self.tokens_of(shard), self._checked[shard]
         self._reads += 1
-        if self._reads % EVERY == 0:
-            self.check(shard, first, count)
-        return self._maps[shard][first : first + count]
+        for k in range(first // self._size, (first + count - 1) // self._size + 1):
+            if not checked[k] or self._reads % EVERY == 0:
+                self.check(shard, k)
+        return tokens[first : first + count]
 
-    def check(self, shard: int, first: int, count: int) -> None:
-        """Compare the blocks that hold these tokens with their checksums."""
-        size = versions.BLOCK // self._maps[shard].itemsize
-        for k in range(first // size, (first + count - 1) // size + 1):
-            if xxhash.xxh3_64_intdigest(self._maps[shard][k * size : (k + 1) * size].data) != int(self._sums[shard][k]):
-                raise ValueError(
-                    f"corrupt block {k} of shards/{self.names[shard]}.bin, changed since it was opened; "
-                    "notebook 11 shows the way back"
-                )
+    def check(self, shard: int, k: int) -> None:
+        """Compare block k of a shard with its checksum."""
+        block = self.tokens_of(shard)[k * self._size : (k + 1) * self._size]
+        if xxhash.xxh3_64_intdigest(block.data) != int(self._sums[shard][k]):
+            raise ValueError(f"corrupt block {k} of shards/{self.names[shard]}.bin; notebook 11 shows the way back")
+        self._checked[shard][k] = 1

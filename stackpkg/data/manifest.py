@@ -14,7 +14,9 @@ import xxhash
 
 from stackpkg import runs
 
-BLOCK = 1 << 20  # bytes that share a checksum
+BLOCK = 1 << 16  # bytes that share a checksum
+OPENING = 1 << 14  # blocks that `check` reads, 1 GiB, or one of each shard: all of a smaller corpus
+FORMAT = 3
 Manifest = dict[str, Any]
 
 
@@ -23,12 +25,11 @@ def name_of(digest: str) -> str:
     return digest[:16]
 
 
-def write_sums(shard: Path) -> Path:
-    """Write the checksums of a shard beside it, uint64[blocks], XXH3 of each `BLOCK` bytes; returns their path."""
-    with runs.replacing(path := shard.with_suffix(".xxh")) as temporary, shard.open("rb") as file:
+def checksums(shard: Path) -> np.ndarray:
+    """uint64[blocks], XXH3 of each `BLOCK` bytes of a shard."""
+    with shard.open("rb") as file:
         found = [xxhash.xxh3_64_intdigest(part) for part in iter(lambda: file.read(BLOCK), b"")]
-        np.array(found, np.uint64).tofile(temporary)
-    return path
+    return np.array(found, np.uint64)
 
 
 def path_of(folder: Path, version: str = "") -> Path:
@@ -48,8 +49,15 @@ def path_of(folder: Path, version: str = "") -> Path:
 
 
 def read(folder: Path, version: str = "") -> Manifest:
-    """The manifest of the head, or of a version; as `path_of`."""
-    return runs.read_json(path_of(folder, version))
+    """The manifest of the head, or of a version; as `path_of`. Raises `ValueError` for one of another format."""
+    return parse(path_of(folder, version))
+
+
+def parse(path: Path) -> Manifest:
+    manifest = runs.read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"data/ is of format {manifest.get('format')}, this package reads {FORMAT}: run notebook 10")
+    return manifest
 
 
 def ids(folder: Path) -> list[str]:
@@ -92,9 +100,9 @@ def files(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """(name below the folder, SHA-256) of every file of a version."""
     for entry in manifest["shards"]:
         yield f"shards/{entry['name']}.bin", entry["sha256"]
-        yield f"shards/{entry['name']}.xxh", entry["blocks_sha256"]
     yield from ((f"records/{entry['name']}.parquet", entry["sha256"]) for entry in manifest["records"])
-    yield f"shards/{name_of(manifest['index_sha256'])}.index.parquet", manifest["index_sha256"]
+    yield f"shards/{name_of(manifest['index_sha256'])}.index.arrow", manifest["index_sha256"]
+    yield f"shards/{name_of(manifest['checksums_sha256'])}.xxh", manifest["checksums_sha256"]
     yield f"tokenizer/{name_of(manifest['tokenizer_sha256'])}.json", manifest["tokenizer_sha256"]
 
 
@@ -104,7 +112,17 @@ def records(folder: Path, version: str = "") -> list[Path]:
 
 
 def index(folder: Path, manifest: Manifest) -> Path:
-    return folder / f"shards/{name_of(manifest['index_sha256'])}.index.parquet"
+    return folder / f"shards/{name_of(manifest['index_sha256'])}.index.arrow"
+
+
+def blocks(folder: Path, manifest: Manifest) -> list[np.ndarray]:
+    """uint64[blocks] for each shard, the checksums that the manifest vouches for."""
+    size = BLOCK // np.dtype(manifest["dtype"]).itemsize
+    ends = np.cumsum([-(-entry["tokens"] // size) for entry in manifest["shards"]])
+    path = folder / f"shards/{name_of(manifest['checksums_sha256'])}.xxh"
+    if not whole(path, manifest["checksums_sha256"]):
+        raise ValueError(f"corrupt or missing: shards/{path.name}; notebook 11 shows the way back")
+    return np.split(np.fromfile(path, np.uint64), ends[:-1])
 
 
 def tokenizer(folder: Path, manifest: Manifest) -> Path:
@@ -114,42 +132,50 @@ def tokenizer(folder: Path, manifest: Manifest) -> Path:
 def verify(folder: Path, version: str = "", sample: int = 0) -> list[str]:
     """Names of files that are missing or not the version's; empty when all is well.
 
-    Every byte of every file by SHA-256; with `sample`, of records the size, and of a shard its size, its checksums and
-    that many of its blocks.
+    Every byte of every file by SHA-256; with `sample`, of records the size, and of a shard its size and that many of
+    its blocks.
     """
     manifest = read(folder, version)
-    sampled = {f"shards/{entry['name']}.bin": entry for entry in manifest["shards"]} if sample else {}
-    sizes = {f"records/{entry['name']}.parquet": entry["bytes"] for entry in manifest["records"]} if sample else {}
+    broken = [name for name, sha in files(manifest) if not (sample and _spared(name)) and not whole(folder / name, sha)]
+    if not sample:
+        return broken
+    sizes = [(f"records/{entry['name']}.parquet", entry["bytes"]) for entry in manifest["records"]]
+    width = np.dtype(manifest["dtype"]).itemsize
+    sizes += [(f"shards/{entry['name']}.bin", entry["tokens"] * width) for entry in manifest["shards"]]
+    broken += [name for name, size in sizes if not (folder / name).exists() or (folder / name).stat().st_size != size]
+    if any(name.endswith(".xxh") for name in broken):
+        return broken
+    for entry, known in zip(manifest["shards"], blocks(folder, manifest), strict=True):
+        name = f"shards/{entry['name']}.bin"
+        if name not in broken and not _spot(folder / name, known, sample):
+            broken.append(name)
+    return broken
 
-    def well(name: str, sha: str) -> bool:
-        if name in sizes:
-            return (folder / name).exists() and (folder / name).stat().st_size == sizes[name]
-        entry = sampled.get(name)
-        return _spot(folder / name, entry, manifest, sample) if entry else whole(folder / name, sha)
 
-    return [name for name, sha in files(manifest) if not well(name, sha)]
+def check(folder: Path, version: str = "") -> None:
+    """What a job does before it reads: `verify` a sample. Raises `ValueError` that names what is missing or corrupt."""
+    share = -(-OPENING // len(read(folder, version)["shards"]))
+    if broken := verify(folder, version, sample=share):
+        raise ValueError(f"corrupt or missing: {', '.join(broken)}; notebook 11 shows the way back")
+
+
+def _spared(name: str) -> bool:
+    """Whether a sample stands for this file."""
+    return name.endswith((".bin", ".parquet"))
 
 
 def whole(path: Path, sha256: str) -> bool:
     return path.exists() and runs.digest(path) == sha256
 
 
-def _spot(path: Path, entry: dict[str, Any], manifest: Manifest, sample: int) -> bool:
-    """Whether a shard is what it was, by its size and `sample` of its blocks, other ones each time."""
-    if not path.exists() or path.stat().st_size != entry["tokens"] * np.dtype(manifest["dtype"]).itemsize:
-        return False
-    known, drawn = sums(path), np.random.default_rng().permutation
+def _spot(path: Path, known: np.ndarray, sample: int) -> bool:
+    """Whether `sample` blocks of a shard, other ones each time, are what they were."""
     with path.open("rb") as file:
-        for k in drawn(len(known))[:sample]:
+        for k in np.random.default_rng().permutation(len(known))[:sample]:
             file.seek(int(k) * BLOCK)
             if xxhash.xxh3_64_intdigest(file.read(BLOCK)) != int(known[k]):
                 return False
     return True
-
-
-def sums(shard: Path) -> np.ndarray:
-    """uint64[blocks], the checksums that stand beside a shard."""
-    return np.fromfile(shard.with_suffix(".xxh"), np.uint64) if shard.with_suffix(".xxh").exists() else np.empty(0)
 
 
 def quarantine(folder: Path, name: str) -> Path:

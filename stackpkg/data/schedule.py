@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +35,6 @@ class Schedule:
     def __init__(self, corpus: Corpus, p: Params, decisions: Iterable[Decision] = ()) -> None:
         self.corpus, self.p = corpus, p
         self.domains = sorted(corpus.manifest["tokens"]["train"])
-        held = corpus.members
-        self.running = {
-            split: np.sort(np.concatenate([held[key] for key in held if key[0] == split] or [np.empty(0, np.int64)]))
-            for split in ("train", "validation")
-        }
         self._packs: dict[tuple[str, int], Pack] = {}
         self.mixtures, read = list[dict[str, float]](), Counter[str]()
         for stage in p.curriculum:
@@ -47,6 +42,13 @@ class Schedule:
             tokens = stage.steps * p.training.batch_tokens * (1 - stage.long_range)
             read.update({domain: share * tokens for domain, share in self.mixtures[-1].items()})
         self.use(decisions)
+
+    @cached_property
+    def running(self) -> dict[str, np.ndarray]:
+        """int64[documents] of each split, in order."""
+        members, nothing = self.corpus.members, np.empty(0, np.int64)
+        found = {split: [nothing, *(members[k] for k in members if k[0] == split)] for split in ("train", "validation")}
+        return {split: np.sort(np.concatenate(parts)) for split, parts in found.items()}
 
     def use(self, decisions: Iterable[Decision]) -> None:
         """Take decisions into account. Nothing that was read before the step of a decision changes."""
@@ -58,7 +60,7 @@ class Schedule:
             if d["kind"] == "withdraw":
                 row = self.plan.rows_at(self.plan.position(d["step"])).start
                 self.withdrawn[d["record_id"]] = min(row, self.withdrawn.get(d["record_id"], NEVER))
-        self.gone = np.full(len(self.corpus.records), NEVER)
+        self.gone = np.full(len(self.corpus.tokens), NEVER)
         if self.withdrawn:
             self.gone[:] = [self.withdrawn.get(record, NEVER) for record in self.corpus.records]
 
@@ -88,6 +90,8 @@ class Schedule:
             whole, fresh = self._packs[key], fits & ~seen[members]
             rest = pack(members[fresh], lengths[fresh], stage.context) if seen.any() else whole
             made.append(Epochs(rest, whole))
+            if number == len(self.p.curriculum) - 1:
+                break
             epoch, left = divmod(rows - len(rest), len(whole)) if rows > len(rest) else (-1, rows)
             if epoch >= 0:
                 seen[:] = False

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
@@ -139,7 +140,7 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
     splits = split_of(dict(itertools.chain.from_iterable(domains)), data.validation_share)
     vocabulary = max(model.get_vocab().values()) + 1  # ids of a loaded tokenizer may have gaps
     width = "uint16" if vocabulary <= 65536 else "uint32"
-    shards, index = list[dict[str, Any]](), [INDEX.empty_table()]
+    shards, sums, index = list[dict[str, Any]](), dict[str, np.ndarray](), [INDEX.empty_table()]
     for part, file in zip(parts, encoded, strict=True):
         table = pq.read_table(file)
         here = np.array([splits[name] for name in table["record_id"].to_pylist()])
@@ -148,21 +149,32 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
             if len(mine):
                 entry, rows = _shard(home, mine, split, width)
                 shards.append(entry | {"records": part.stem})
+                sums[entry["name"]] = versions.checksums(home / f"{entry['name']}.bin")
                 index.append(rows)
     shards.sort(key=lambda entry: (entry["split"], entry["name"]))
     rows = pa.concat_tables(index).sort_by([("split", "ascending"), ("shard", "ascending"), ("offset", "ascending")])
-    listed = _named(engine.write(home / ".index.parquet", rows), home, ".index.parquet")
+    for name in ("domain", "split", "shard"):  # numbers as they lie on disk are what the reader maps
+        rows = rows.set_column(INDEX.get_field_index(name), name, rows[name].combine_chunks().dictionary_encode())
+    with runs.replacing(home / ".index") as temporary:
+        feather.write_feather(rows.combine_chunks(), temporary, compression="uncompressed", chunksize=max(1, len(rows)))
+    listed = _named(home / ".index", home, ".index.arrow")
+    with runs.replacing(home / ".xxh") as temporary:
+        np.concatenate([sums[entry["name"]] for entry in shards]).tofile(temporary)
+    summed = _named(home / ".xxh", home, ".xxh")
     counts = [(part, pq.read_metadata(part).num_rows) for part in parts]
     sources = [{"name": part.stem, "documents": count, "bytes": part.stat().st_size} for part, count in counts]
     tokens: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-    for sums in rows.group_by(["split", "domain"]).aggregate([("tokens", "sum")]).sort_by("domain").to_pylist():
-        tokens[sums["split"]][sums["domain"]] = sums["tokens_sum"]
+    counted = pa.concat_tables(index).group_by(["split", "domain"]).aggregate([("tokens", "sum")])
+    for row in counted.sort_by("domain").to_pylist():
+        tokens[row["split"]][row["domain"]] = row["tokens_sum"]
     manifest = {
-        "format": 2, "dtype": width, "vocab_size": vocabulary, "specials": special, "longest_document": settings[1],
+        "format": versions.FORMAT, "dtype": width, "vocab_size": vocabulary, "specials": special,
+        "longest_document": settings[1],
         "pad_id": special["<pad>"], "eos_id": special["<eos>"], tokenizer.STAMP: runs.digest(settings[0]),
         "mixture": mixing.shares(tokens["train"], data.temperature, data.max_share), "shards": shards,
         "records": [entry | {"sha256": runs.digest(file)} for entry, file in zip(sources, parts, strict=True)],
         "tokens": tokens, "divided": pc.sum(pc.equal(rows["part"], 1)).as_py(), "index_sha256": runs.digest(listed),
+        "checksums_sha256": runs.digest(summed),
     }  # fmt: skip
     versions.commit(folder, manifest)
     shutil.rmtree(home / ".tokens")
@@ -170,13 +182,12 @@ def build(folder: Path, parts: Sequence[Path], model: Tokenizer, data: Data) -> 
 
 
 def _shard(home: Path, table: pa.Table, split: str, width: str) -> tuple[dict[str, Any], pa.Table]:
-    """Write one shard and its checksums; its entry of the manifest, and its rows of the index."""
+    """Write one shard; its entry of the manifest, and its rows of the index."""
     tokens, size = table["tokens"].combine_chunks(), len(table)
     lengths = pc.list_value_length(tokens).to_numpy().astype(np.int64)
     path = _named(_raw(home / ".shard", tokens, width), home, ".bin")
-    sums = versions.write_sums(path)
     entry = {"name": path.stem, "split": split, "tokens": int(lengths.sum()), "documents": size}
-    entry |= {"sha256": runs.digest(path), "blocks_sha256": runs.digest(sums)}
+    entry |= {"sha256": runs.digest(path)}
     columns = [*(table[name] for name in INDEX.names[:3]), pa.repeat(split, size), pa.repeat(path.stem, size)]
     return entry, pa.table([*columns, np.cumsum(lengths) - lengths, lengths], schema=INDEX)
 
@@ -201,8 +212,8 @@ def rebuild(folder: Path, name: str, version: str = "") -> Path:
     for file, sha in versions.files(manifest):
         if folder / file in (part, index, model) and not versions.whole(folder / file, sha):
             raise ValueError(f"shard {name} is made from {file}, which changed or is gone: restore that first")
-    mine = pq.read_table(index, filters=[("shard", "=", name), ("split", "=", entry["split"])])["record_id"]
+    listed = ds.dataset(index, format="ipc").to_table()
+    mine = listed.filter((ds.field("shard") == name) & (ds.field("split") == entry["split"]))["record_id"]
     table = tokenise(pq.read_table(part), model, manifest["longest_document"])
     tokens = table.filter(pc.is_in(table["record_id"], mine.combine_chunks()))["tokens"].combine_chunks()
-    versions.write_sums(path := _raw(folder / f"shards/{name}.bin", tokens, manifest["dtype"], entry["sha256"]))
-    return path
+    return _raw(folder / f"shards/{name}.bin", tokens, manifest["dtype"], entry["sha256"])

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from stackpkg import model as models
 from stackpkg import params
-from stackpkg.data import curriculum
+from stackpkg.data import curriculum, manifest
 from stackpkg.data.stream import Stream
 from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import rows
@@ -50,6 +50,8 @@ def run(job_file: Path) -> None:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
         print(f"[{job['name']}] attempt {attempt} {source} on {ranks} process(es)", flush=True)
 
+    if rank == 0:
+        manifest.check(folder / "data")
     stream = Stream(folder / "data", p, curriculum.decisions(home / "decisions.jsonl"))
     initial = home / "initial"
     if rank == 0 and not (initial / "config.json").exists():
