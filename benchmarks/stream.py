@@ -4,10 +4,10 @@
 
 The job: a batch of 8 rows of 2,048 tokens as int64 tensors of tokens, labels that stop at document boundaries, and
 positions that restart with each document, in shuffled order, in one process with one thread. The peers read rows that
-were packed for them beforehand; this package packs as it opens. Here every block is compared with its checksum when it
-is first read, which no peer does; the sample of all that a job checks before it starts is in no number. `resume` is the time from what is on disk to a batch in
-the middle of the epoch, `seek` the same from an open loader. Every system runs in a process of its own, thrice; the
-median counts.
+were packed for them beforehand; this package packs as it opens, and compares every block with its checksum when it is
+first read, which no peer does; the sample of all blocks that a job checks before it starts is in no number. `resume` is
+the time from what is on disk to a batch in the middle of the epoch, `seek` the same from an open loader. Every system
+runs in a process of its own, thrice; the median counts.
 `PEERS` holds requirements-stream.txt; without it only this package and datasets are measured.
 """
 

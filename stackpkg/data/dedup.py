@@ -23,7 +23,13 @@ from xxhash import xxh3_128_digest
 from stackpkg.data import sketches as kernels
 
 DUPLICATES = pa.schema(
-    [("removed", pa.string()), ("kept", pa.string()), ("jaccard", pa.float64()), ("kind", pa.string())]
+    {
+        "removed": pa.string(),
+        "kept": pa.string(),
+        "linked": pa.string(),
+        "jaccard": pa.float64(),
+        "kind": pa.string(),
+    }
 )
 ABOUT = pa.schema(
     {
@@ -36,7 +42,7 @@ ABOUT = pa.schema(
 )
 # The better of two records is of the earlier corpus, else more trusted, longer, older, of the lower id.
 PREFERENCE = list(zip(ABOUT.names, ["descending"] * 3 + ["ascending"] * 2, strict=True))
-STAR, BLOCK = 8, 32  # texts that one is paired with inside a bucket; texts that a thread takes at once
+STAR, BLOCK = 32, 32  # texts that one is paired with inside a bucket; texts that a thread takes at once
 Pairs = tuple[np.ndarray, np.ndarray]
 
 
@@ -132,14 +138,25 @@ def _components(texts: int, links: Sequence[Pairs]) -> np.ndarray:
     return connected_components(coo_array((np.ones(len(a), np.int8), (a, b)), (texts, texts)), directed=False)[1]
 
 
+def _strongest(links: Sequence[Pairs], scores: np.ndarray, rank: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(text, other, Jaccard): for each linked text the most similar of those it is linked to, the better of equals."""
+    a, b = (np.concatenate(side) for side in zip(*links, strict=True))
+    one, other, score = np.concatenate([a, b]), np.concatenate([b, a]), np.concatenate([scores, scores])
+    order = np.lexsort((rank[other], -score, one))
+    first = order[np.unique(one[order], return_index=True)[1]]
+    return one[first], other[first], score[first]
+
+
 def deduplicate(
     parts: Sequence[Path], trust: Mapping[str, float], n: int, threshold: float, earlier: Sequence[Path] = ()
 ) -> pa.Table:
-    """`DUPLICATES` of the parts of a corpus, by shingles of n words: removed and kept record, their exact Jaccard, and
-    the kind: exact (same bytes), near, or earlier (kept is a record of `earlier`, of which none is removed).
+    """`DUPLICATES` of the parts of a corpus, by shingles of n words: removed and kept record; the record that the
+    removed one was found to be a duplicate of, and their exact Jaccard; and the kind: exact (same bytes as the kept
+    one), near, or earlier (kept is a record of `earlier`, of which none is removed).
 
-    Linked texts form components. In each, the best by PREFERENCE is kept and takes out those whose exact Jaccard with
-    it is at least `threshold`; then the best of the rest, and so on. So every removal is a verified pair.
+    Texts whose exact Jaccard is at least `threshold` are linked; of each connected component the best by PREFERENCE is
+    kept (Lee et al. 2022, Deduplicating Training Data Makes Language Models Better). So every removal is a verified
+    pair, though the ends of a chain may be less alike than `threshold`.
     A text of fewer words than n is one shingle; a text of no words is a duplicate of its own bytes alone.
     Raises `ValueError` for a `record_id` that two records of the parts have.
     """
@@ -157,23 +174,25 @@ def deduplicate(
         found = [(a[~(fixed[a] & fixed[b])], b[~(fixed[a] & fixed[b])]) for a, b in found]
         wanted = np.unique(np.concatenate([side for pair in found for side in pair]))
         hashes, begins = _sets([*earlier, *parts], corpus, wanted, n, pool)
-        links, label = [(texts[:0], texts[:0])], texts
+        links, scores, label = [(texts[:0], texts[:0])], [np.empty(0)], texts
         for a, b in found:  # a pair of one component would join nothing
             apart = label[a] != label[b]
             a, b = a[apart], b[apart]
-            linked = kernels.jaccards(hashes, begins, a, b) >= threshold
-            links.append((a[linked], b[linked]))
+            exact = kernels.jaccards(hashes, begins, a, b)
+            links.append((a[exact >= threshold], b[exact >= threshold]))
+            scores.append(exact[exact >= threshold])
             label = _components(len(texts), links)
-    rank = np.argsort(by_rank)
-    members = np.flatnonzero(np.bincount(label, minlength=1)[label] > 1)
-    members = members[np.lexsort((rank[members], label[members]))]
-    ends = np.flatnonzero(np.diff(label[members], prepend=-1, append=-1))
-    place, score = kernels.settle(members, ends, fixed, corpus.sketches, hashes, begins, floor, threshold)
-    stays, jaccard = texts.copy(), np.ones(len(texts))
-    stays[members], jaccard[members] = np.where(place < 0, members, place), score
+    rank, linked, jaccard = np.argsort(by_rank), texts.copy(), np.ones(len(texts))
+    highest = np.full(len(texts), len(texts))
+    np.minimum.at(highest, label, rank)
+    stays = np.where(fixed, texts, by_rank[highest[label]])
+    one, other, score = _strongest(links, np.concatenate(scores), rank)
+    linked[one], jaccard[one] = other, score
     kept = best[stays[corpus.text_of]]
     removed = np.flatnonzero(~old & (kept != np.arange(len(kept))))
     near, kept = stays[corpus.text_of[removed]] != corpus.text_of[removed], kept[removed]
     kind = np.where(old[kept], "earlier", np.where(near, "near", "exact"))
-    columns = [names.take(removed), names.take(kept), jaccard[corpus.text_of[removed]], pa.array(kind, pa.string())]
+    through = np.where(near, best[linked[corpus.text_of[removed]]], kept)
+    score = np.where(near, jaccard[corpus.text_of[removed]], 1.0)
+    columns = [names.take(removed), names.take(kept), names.take(through), score, pa.array(kind, pa.string())]
     return pa.table(columns, schema=DUPLICATES).sort_by("removed")

@@ -166,32 +166,3 @@ def jaccards(hashes: np.ndarray, stops: np.ndarray, a: np.ndarray, b: np.ndarray
     for k in range(len(a)):
         out[k] = jaccard(hashes, stops, a[k], b[k])
     return out
-
-
-@njit(nogil=True, cache=CACHE)
-def settle(
-    members: np.ndarray,
-    ends: np.ndarray,
-    fixed: np.ndarray,
-    sketches: np.ndarray,
-    hashes: np.ndarray,
-    stops: np.ndarray,
-    floor: float,
-    threshold: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(int64[members], float64[members]): the member in whose place another one goes, and their Jaccard; -1: it stays.
-
-    In each component members[ends[c]:ends[c + 1]], sorted by preference, the best stays and takes out those that are
-    not `fixed` and whose Jaccard with it is at least `threshold`; then the best of the rest, and so on.
-    """
-    place, score = np.full(len(members), -1), np.ones(len(members))
-    for c in range(len(ends) - 1):
-        for i in range(ends[c], ends[c + 1]):
-            if place[i] < 0:
-                for j in range(i + 1, ends[c + 1]):
-                    a, b = members[i], members[j]
-                    if place[j] < 0 and not fixed[b] and agreement(sketches, a, b) >= floor:
-                        exact = jaccard(hashes, stops, a, b)
-                        if exact >= threshold:
-                            place[j], score[j] = a, exact
-    return place, score
