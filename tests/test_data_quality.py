@@ -100,9 +100,10 @@ def test_losses_add_up_and_the_flow_draws_them(parts):
     assert quality.flow(lost.iloc[:0]) == {} and not plots.flow({}).axes[0].texts
 
 
-def test_the_report_is_one_page_with_both_sides_and_nothing_live_in_it(parts, tmp_path):
+def test_the_report_is_one_page_with_both_sides_of_each_stage_and_nothing_live_in_it(parts, tmp_path):
     before, after = (quality.metrics(some) for some in parts)
     gone = after.drop(index=EVIL)
-    page = curation.report(before, gone, tmp_path / "quality.html").read_text()
-    assert EVIL not in page and "&lt;script&gt;" in page and "web: median words" in page
+    page = curation.report({"read": before, "policy": after, "kept": gone}, tmp_path / "quality.html").read_text()
+    assert EVIL not in page and "&lt;script&gt;" in page
+    assert "policy, web: median words" in page and "kept, web: median words" in page
     assert [path.name for path in tmp_path.iterdir()] == ["quality.html"]
