@@ -35,7 +35,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def dense(layer: attention.SelfAttention, x: torch.Tensor) -> torch.Tensor:
     """Attention from its definition, one query at a time: a list of visible keys, one softmax."""
     c, (length, _) = layer.config, x.shape
-    group, step = c.num_attention_heads // c.num_key_value_heads, c.block_size // c.summaries_per_block
+    group, step = c.num_attention_heads // c.num_key_value_heads, c.segment
     cos, sin = attention.rotary(c, torch.arange(length)[None], x.dtype)
     raw, v = (p(x).view(length, c.num_key_value_heads, c.head_dim) for p in (layer.k_proj, layer.v_proj))
     q = layer.q_norm(layer.q_proj(x).view(length, c.num_attention_heads, c.head_dim))
@@ -49,7 +49,7 @@ def dense(layer: attention.SelfAttention, x: torch.Tensor) -> torch.Tensor:
         values = [v[s] for s in range(length) if t - c.sliding_window < s <= t]
         keys.append(torch.zeros_like(raw[0]))
         values.append(torch.zeros_like(v[0]))
-        for block in range(length // c.block_size):
+        for block in range(c.pooled(length) // c.block_size):
             if (block + 1) * c.block_size <= t:
                 for first in range(block * c.block_size, (block + 1) * c.block_size, step):
                     keys.append(turned(layer.k_norm(raw[first : first + step].mean(0)), first + step // 2))
@@ -61,7 +61,10 @@ def dense(layer: attention.SelfAttention, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 37, 64])
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 8, "summaries_per_block": 1}, {"num_key_value_heads": 4}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sliding_window": 8, "summaries_per_block": 1}, {"summaries_per_block": 0}, {"num_key_value_heads": 4}],
+)
 def test_chunked_attention_equals_the_dense_definition(length: int, changes: dict) -> None:
     model = small(**changes)
     layer, x = model.model.layers[0].self_attn, torch.randn(2, length, 32)

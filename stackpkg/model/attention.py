@@ -40,10 +40,10 @@ def visible_keys(config: StackConfig, document: Tensor) -> Tensor:
     real token, and so does the end of a block that holds it.
     """
     w, size, (batch, length) = config.sliding_window, config.block_size, document.shape
-    blocks, step = length // size * size, size // config.summaries_per_block
+    blocks, step = config.pooled(length), config.segment
     rows = torch.arange(-(-length // w) * w, device=document.device).view(-1, w, 1)
     keys = torch.arange(2 * w, device=document.device) + rows[:, :1] - w
-    ends = (torch.arange(length // size, device=document.device) * size + size).repeat_interleave(size // step)
+    ends = (torch.arange(blocks // size, device=document.device) * size + size).repeat_interleave(size // step)
     local = (keys >= 0) & (keys <= rows) & (keys > rows - w)
     chunk = F.pad(document, (0, len(rows) * w - length), value=-1).view(batch, -1, w)
     near = torch.cat((F.pad(chunk, (0, 0, 1, 0))[:, :-1], chunk), -1)
@@ -84,8 +84,7 @@ class SelfAttention(Projections):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """x [b, L, hidden] -> output of the same shape, and `statistics` if `measure`."""
         length, chunks, w = x.shape[1], len(visible) // len(x), visible.shape[2]
-        blocks = length // self.config.block_size * self.config.block_size
-        step = self.config.block_size // self.config.summaries_per_block
+        blocks, step = self.config.pooled(length), self.config.segment
         q, raw, v = self.project(x, x)
         q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(raw), *rotation)
         # A summary key is the normalised mean of raw keys, rotated to the middle of its segment.
@@ -138,7 +137,7 @@ def statistics(
 
     token = torch.arange(p.shape[1] * w, device=p.device).view(-1, 1, w, 1)
     near = torch.arange(2 * w, device=p.device) + token[:, :, :1] - w
-    far = torch.arange(count - 2 * w - 1, device=p.device) // config.summaries_per_block * size + size - 1
+    far = torch.arange(count - 2 * w - 1, device=p.device) * config.segment // size * size + size - 1
     last = torch.cat((near, near[..., :1] * 0 - 1, far.expand(*near.shape[:3], -1)), -1)  # last token of a key; null -1
     forbidden = last > token
     forbidden[..., : 2 * w] |= (token - near >= w) | (near < 0)

@@ -43,7 +43,7 @@ class StackConfig(PreTrainedConfig):
     gate_temperature: float = 1.0  # router logits are divided by it
     sliding_window: int = 512  # tokens a query sees exactly, itself included; also the chunk of the KV codec
     block_size: int = 128  # tokens pooled together once the block is finished
-    summaries_per_block: int = 2
+    summaries_per_block: int = 2  # 0: no summaries, the window is all a layer sees
     rope_theta: float = 1e6
     rope_alpha: float = 0.75  # trained length / served length; below 1 extends the context
     retrieval: bool = False  # cross-attention over `memory` on odd layers
@@ -57,7 +57,8 @@ class StackConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if (
             self.num_attention_heads % self.num_key_value_heads
-            or self.block_size % self.summaries_per_block
+            or self.summaries_per_block < 0
+            or self.block_size % max(1, self.summaries_per_block)
             or self.block_size > self.sliding_window  # an unfinished block would be out of sight
             or not 1 <= self.num_experts_per_tok <= self.num_experts
             or not 0 < self.rope_alpha <= 1
@@ -66,6 +67,15 @@ class StackConfig(PreTrainedConfig):
                 "num_attention_heads must be a multiple of num_key_value_heads, block_size of summaries_per_block and "
                 f"at most sliding_window, num_experts_per_tok in 1..num_experts, rope_alpha in (0, 1]; given {self}"
             )
+
+    @property
+    def segment(self) -> int:
+        """Tokens behind one summary."""
+        return self.block_size // max(1, self.summaries_per_block)
+
+    def pooled(self, length: int) -> int:
+        """Tokens of a row of `length` that summaries stand for: those of whole blocks."""
+        return length // self.block_size * self.block_size if self.summaries_per_block else 0
 
 
 def checked(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
