@@ -106,6 +106,7 @@ class Evaluation(Section):
     k: int = Field(1, ge=1, le=100, description="precision@k, recall@k; a mined query has one relevant document")
     min_precision_at_k: float = Field(0.75, ge=0, le=1, description="target; the specification has 0.75")
     entropy_band: tuple[Share, Share] = Field((0.2, 0.9), description="normalised router entropy must stay inside")
+    max_data_wait: Share = Field(0.005, description="largest median share of a step that is spent waiting for data")
 
 
 class Sweep(Section):

@@ -1,12 +1,15 @@
 """Domain mixing with temperature and caps, and the schedule that makes of shares an exact, evenly spread row order."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.special import chdtrc
 
+CACHE = os.access(Path(__file__).parent, os.W_OK)  # a read-only install compiles numba's kernels anew in each process
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

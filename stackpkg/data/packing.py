@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-CACHE = os.access(Path(__file__).parent, os.W_OK)  # a read-only install compiles the kernel anew in each process
+from stackpkg.data.mixing import CACHE
 
 
 class Pack(NamedTuple):

@@ -5,7 +5,6 @@ counts of the other one. So no document, and no exact copy of it, is among the t
 """
 
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,10 +19,9 @@ import pyarrow.parquet as pq
 from numba import njit
 
 from stackpkg import runs
-from stackpkg.data.mixing import GOLDEN, mix
+from stackpkg.data.mixing import CACHE, GOLDEN, mix
 from stackpkg.params import Data
 
-CACHE = os.access(Path(__file__).parent, os.W_OK)  # a read-only install compiles the kernels anew in each process
 ORDER, SLOTS = 3, np.uint64(1 << 22)  # counts of all orders share the slots of one table a fold
 SAMPLE, LEAST = 16_000_000, 200_000  # characters a model is trained on, at most; a language with less has no model
 PRIOR = np.array([10_000.0, 20.0, 20.0])  # pseudo-counts with which each order falls back on the one below

@@ -4,7 +4,6 @@ the work. A word is a run of letters, digits, `_` and non-ASCII characters; A to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numba import njit
 
-from stackpkg.data.mixing import GOLDEN, mix
+from stackpkg.data.mixing import CACHE, GOLDEN, mix
 
-CACHE = os.access(Path(__file__).parent, os.W_OK)  # a read-only install compiles the kernels anew in each process
 SIZE = 128  # values of a sketch
 EMPTY = np.uint32(0xFFFFFFFF)  # what a sketch of no words is made of
 FOLD = np.where(np.isin(np.arange(256), [*b"0123456789_abcdefghijklmnopqrstuvwxyz", *range(128, 256)]), range(256), 0)
