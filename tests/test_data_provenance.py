@@ -235,7 +235,7 @@ def test_due_is_what_is_withdrawn_or_will_have_expired(tmp_path: Path) -> None:
     ]
     (tmp_path / "records").mkdir()
     pq.write_table(records.table(rows), tmp_path / "records/00000.parquet")
-    manifest.commit(tmp_path, {"records": [{"name": "00000"}]})
+    manifest.commit(tmp_path, {"format": manifest.FORMAT, "records": [{"name": "00000"}]})
     data = Data(ttl_seconds=5000)
     assert provenance.withdrawals_due(tmp_path, data, 1099) == {}
     assert provenance.withdrawals_due(tmp_path, data, 1100) == {f"{0:016x}": "expired"}

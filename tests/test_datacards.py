@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> runs.RunFolder:
         part = part.append_column("language", languages).append_column("trust", pa.array([0.9, 0.7][: len(part)]))
         pq.write_table(part, run / f"data/records/{number:05d}.parquet")
     shard = {"name": "0123456789abcdef", "sha256": "ab" * 32, "tokens": 9}
-    manifest = {"format": 2, "vocab_size": 1024, "tokens": {"train": {"code": 7, "documentation": 2}}}
+    manifest = {"format": versions.FORMAT, "vocab_size": 1024, "tokens": {"train": {"code": 7, "documentation": 2}}}
     manifest |= {"mixture": {"code": 0.75, "documentation": 0.25}, "shards": [shard]}
     manifest["records"] = [{"name": f"{number:05d}"} for number in range(2)]
     versions.commit(run / "data", manifest)
