@@ -114,10 +114,8 @@ def write_winner(p: Params, folder: RunFolder, won: dict[str, Any]) -> str:
     returns the diff. It is empty when the profile itself won."""
     changes = overlay(p, won["factors"])
     sure = "better than the profile" if won["separable"] else "NOT separable from the profile"
-    head = "# validation loss {loss:.4f} (95% {low:.4f} to {high:.4f}, {seeds:.0f} seeds); gain {gain:.4f} ".format(
-        **won
-    )
-    head = f"{head}({won['gain_low']:.4f} to {won['gain_high']:.4f}): {sure}\n"
+    head = "# validation loss {loss:.4f}, 95% {low:.4f} to {high:.4f}, of {seeds:.0f} seed(s); ".format(**won)
+    head += "gain on the profile {gain:.4f}, 95% {gain_low:.4f} to {gain_high:.4f}: {}\n".format(sure, **won)
     before, after = (
         yaml.safe_dump(q.model_dump(mode="json", include=set(changes)), sort_keys=False).splitlines()
         for q in (p, apply(p, changes))  # raises if it isn't a profile

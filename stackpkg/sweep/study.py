@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,6 +60,7 @@ class Job:
     spec: str
     p: Params
     reports: int = 0
+    loss: float = math.nan  # the last one reported
     pruned: bool = False
 
 
@@ -152,17 +153,20 @@ class Part:
         reports = self.folder.matches(f"eval/{job.name}/epoch_*.json")
         for path in reports[job.reports :]:
             report = read_json(path)
-            job.trial.report(float(report["validation_loss"]), report["step"])
+            job.loss = float(report["validation_loss"])
+            job.trial.report(job.loss, report["step"])
             if self.arms is None and report["step"] < job.p.sweep.steps and job.trial.should_prune():
                 job.pruned = True
         if job.pruned and alive and len(reports) > job.reports:
-            request(described.parent, "pruned: half of the trials were better at this step")
+            request(
+                described.parent, f"pruned: a validation loss of {job.loss:.4f} is not in the better half at this step"
+            )
         job.reports = len(reports)
 
     def tell(self, job: Job, error: BaseException | None) -> None:
         """The end of a job. A failure or a timeout is a result; any other error is raised."""
         trial, home = job.trial, self.folder.path / "checkpoints" / job.name
-        if isinstance(error, Stopped) and job.pruned:
+        if isinstance(error, Stopped) and job.pruned and math.isfinite(job.loss):
             self.study.tell(trial, state=TrialState.PRUNED)
         elif isinstance(error, RuntimeError | TimeoutError):
             self._fail(trial, str(error)[-500:])
@@ -184,7 +188,7 @@ class Part:
         trial.set_user_attr("precision_at_k", float(report["precision_at_k"]))
         for name, value in broken.items():
             trial.set_constraint(name, value)
-        if not isfinite(loss):
+        if not math.isfinite(loss):
             return self._fail(trial, f"the validation loss is {loss}")
         self.study.tell(trial, loss)
         return None
