@@ -114,8 +114,9 @@ def write_winner(p: Params, folder: RunFolder, won: dict[str, Any]) -> str:
     returns the diff. It is empty when the profile itself won."""
     changes = overlay(p, won["factors"])
     sure = "better than the profile" if won["separable"] else "NOT separable from the profile"
-    head = "# validation loss {loss:.4f}, 95% {low:.4f} to {high:.4f}, of {seeds:.0f} seed(s); ".format(**won)
-    head += "gain on the profile {gain:.4f}, 95% {gain_low:.4f} to {gain_high:.4f}: {}\n".format(sure, **won)
+    head = "# validation loss {loss:.4f} [{low:.4f}, {high:.4f}], gain on the profile {gain:.4f} ".format(**won)
+    head += "[{gain_low:.4f}, {gain_high:.4f}]: {}; 95% intervals of {seeds:.0f} seed(s)\n".format(sure, **won)
+    head = head.replace("[nan, nan]", "[no interval]")
     before, after = (
         yaml.safe_dump(q.model_dump(mode="json", include=set(changes)), sort_keys=False).splitlines()
         for q in (p, apply(p, changes))  # raises if it isn't a profile
