@@ -110,10 +110,15 @@ class Evaluation(Section):
 
 
 class Sweep(Section):
-    """The automated sweep over loss weights and learning rate."""
+    """The automated sweep over loss weights, learning rate, warm-up and clip."""
 
     trials: int = Field(4, ge=1)
     steps: int = Field(8, ge=2, description="optimiser steps per trial")
+    finalists: int = Field(3, ge=1, description="best trials that run again, beside the profile")
+    seeds: int = Field(3, ge=1, description="seeds of each finalist, none of which the search saw")
+    hot: list[Annotated[float, Field(gt=0)]] = Field(
+        [10.0, 30.0, 100.0], description="multiples of the learning rate whose runs are meant to diverge"
+    )
 
 
 class Governance(Section):

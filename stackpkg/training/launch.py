@@ -16,6 +16,7 @@ from typing import Any
 
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_json
+from stackpkg.training.stop import Stopped, stopped
 
 TETHER, WORKER = "stackpkg.training.tether", "stackpkg.training.worker"
 FOLDERS = ("checkpoints", "telemetry", "eval")
@@ -74,7 +75,8 @@ def launch(
     An unfinished job with the same description resumes from its newest whole checkpoint; anything else starts fresh.
     On several nodes the first call describes the job and raises `ValueError` with the command for every node; once the
     cluster has finished it, the same call returns its report.
-    Raises `RuntimeError` with the end of the log when the job fails, `TimeoutError` past `layout.timeout_minutes`.
+    Raises `Stopped` with the reason when the job obeyed its stop file, `RuntimeError` with the end of the log when it
+    fails, `TimeoutError` past `layout.timeout_minutes`.
     """
     spec = describe(name, p, folder, steps or p.max_steps, faults)
     home = folder.path / "checkpoints" / name
@@ -92,6 +94,8 @@ def launch(
         )
     _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
     if not done.exists():
+        if end := stopped(home):
+            raise Stopped(f"{name} stopped after step {end['step']}: {end['reason']}; launch it again to go on")
         raise RuntimeError(f"{name}: the job ended without a report; its log is checkpoints/{name}/log.txt")
     return read_json(done)
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from stackpkg.training import stop
 
 MAX_CONSECUTIVE_SKIPS = 4
 
@@ -40,6 +45,22 @@ class SkipNonFinite:
                 "damaged. Look at the last rows of the telemetry, then resume from an earlier checkpoint"
             )
         return True
+
+
+class StopFile(TrainerCallback):
+    """Looks for the stop file once a step, on rank 0 alone: one that appears between two looks must not split ranks."""
+
+    def __init__(self, home: Path) -> None:
+        self.path, self.seen = home / stop.FILE, False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        flag = torch.tensor(dist.get_rank() == 0 and self.path.exists(), device=args.device)
+        dist.broadcast(flag, 0)
+        if flag and state.global_step < state.max_steps:
+            self.seen = control.should_save = control.should_training_stop = True
+        return control
 
 
 def inject(fault: dict[str, Any], *, step: int, rank: int, attempt: int, model: nn.Module) -> None:

@@ -19,8 +19,9 @@ from stackpkg.data.stream import Stream
 from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import rows
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training import layout, snapshots
+from stackpkg.training import layout, snapshots, stop
 from stackpkg.training.optim import training_arguments
+from stackpkg.training.recovery import StopFile
 from stackpkg.training.trainer import StackTrainer
 
 
@@ -41,7 +42,7 @@ def _begin(home: Path, rank: int) -> tuple[int, Path | None]:
 
 
 def run(job_file: Path) -> None:
-    """Train the job to its last step; rank 0 writes `done.json` when everything is on disk."""
+    """Train the job to its last step, or to its stop file; rank 0 writes `done.json` when everything is on disk."""
     job, home = read_json(job_file), job_file.parent
     folder, p = home.parents[1], params.validate(job["params"])
     rank, ranks = layout.start()
@@ -72,8 +73,17 @@ def run(job_file: Path) -> None:
         faults=job["faults"],
     )
     trainer.remove_callback(PrinterCallback)
+    asked = StopFile(home)
+    trainer.add_callback(asked)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.rows.flush()
+    if asked.seen:
+        dist.barrier()
+        if rank == 0:
+            rows.compact(folder / "telemetry" / job["name"])
+            print(f"[{job['name']}] stopped: {stop.record(home, trainer.state.global_step)}", flush=True)
+        dist.destroy_process_group()
+        return
 
     trainer.save_model(str(home / "final"))
     with trainer.ema.swapped():

@@ -1,0 +1,37 @@
+"""The stop file that every job honours: a file `stop` in the job's folder, its text the reason.
+
+The job ends after the step in which rank 0 saw it, with a checkpoint; launching the same job again goes on from there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stackpkg.runs import read_json, write_json, write_text
+
+FILE = "stop"
+
+
+class Stopped(RuntimeError):
+    """The job ended early because it was asked to; it is whole on disk."""
+
+
+def request(home: Path, reason: str) -> Path:
+    """Ask the job whose folder is `home` to end after its present step. A job in its last step just finishes."""
+    return write_text(home / FILE, reason)
+
+
+def record(home: Path, step: int) -> str:
+    """The reason, kept with the attempt; the file was obeyed and goes. For rank 0 of the job."""
+    attempts, reason = read_json(home / "attempts.json"), (home / FILE).read_text(encoding="utf-8").strip()
+    attempts[-1]["stopped"] = {"step": step, "reason": reason or "no reason given"}
+    write_json(home / "attempts.json", attempts)
+    (home / FILE).unlink()
+    return attempts[-1]["stopped"]["reason"]
+
+
+def stopped(home: Path) -> dict[str, Any] | None:
+    """`step` and `reason` when the newest attempt of the job was stopped."""
+    attempts = read_json(home / "attempts.json") if (home / "attempts.json").exists() else [{}]
+    return attempts[-1].get("stopped")

@@ -1,0 +1,71 @@
+"""The stop file: every rank of a real launch ends at one step, with a reason, and the job goes on as if never asked."""
+
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import test_training
+import torch
+import torch.distributed as dist
+from test_training import Job, compared, history, profile, run, weights
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from stackpkg.runs import RunFolder, read_json
+from stackpkg.training import launch, stop
+from stackpkg.training.recovery import StopFile
+
+lab = test_training.lab  # the same tiny run
+STEPS = 4
+
+
+def test_the_record_keeps_the_reason_and_the_file_goes(tmp_path: Path) -> None:
+    (tmp_path / "attempts.json").write_text('[{"at": "now"}]')
+    assert stop.stopped(tmp_path) is None and stop.stopped(tmp_path / "nowhere") is None
+    stop.request(tmp_path, " the room is on fire\n")
+    assert stop.record(tmp_path, 7) == "the room is on fire" and not (tmp_path / stop.FILE).exists()
+    assert stop.stopped(tmp_path) == {"step": 7, "reason": "the room is on fire"}
+    (tmp_path / stop.FILE).touch()  # as a person in a hurry does
+    assert stop.record(tmp_path, 8) == "no reason given"
+
+
+def ask_after(step: int, home: Path, rows: Path) -> None:
+    while not (rows.exists() and rows.read_text().count("\n") >= step):
+        time.sleep(0.01)
+    stop.request(home, "pruned by a test")
+
+
+def test_a_stopped_job_ends_on_all_ranks_with_a_checkpoint_and_goes_on_to_the_same_weights(lab: RunFolder) -> None:
+    home = lab.path / "checkpoints/halted"
+    first = lab.path / "telemetry/halted/rank-00000.jsonl"
+    asker = threading.Thread(target=ask_after, args=(1, home, first), daemon=True)
+    asker.start()
+    with pytest.raises(stop.Stopped, match=r"halted stopped after step [23]: pruned by a test; launch it again"):
+        launch.launch("halted", profile(2), lab, steps=STEPS, quiet=True)
+    (attempt,) = read_json(home / "attempts.json")
+    at = attempt["stopped"]["step"]
+    assert not (home / "done.json").exists() and not (home / "stop").exists() and not (home / "final").exists()
+    assert read_json(home / f"checkpoint-{at}/complete.json")["step"] == at
+    table = pd.read_parquet(lab.path / "telemetry/halted.parquet")
+    assert table.groupby("rank").step.max().tolist() == [at, at], "the ranks did not agree on the step"
+
+    done = run(lab, halted=Job(profile(2), steps=STEPS), free=Job(profile(2), steps=STEPS))
+    assert done["halted"]["steps"] == STEPS and done["halted"]["attempts"] == 2
+    assert done["halted"]["weights_sha256"] == done["free"]["weights_sha256"]
+    pd.testing.assert_frame_equal(compared(history(lab, "halted")), compared(history(lab, "free")), check_exact=True)
+    average = weights(lab, "halted", "final_ema"), weights(lab, "free", "final_ema")
+    assert all(torch.equal(average[0][name], tensor) for name, tensor in average[1].items())
+
+
+def test_a_request_in_the_last_step_is_no_reason_to_drop_a_finished_job(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        look, arguments = StopFile(tmp_path), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        for asked, step, ends in ((False, 1, False), (True, 2, True), (True, 3, False)):
+            if asked:
+                stop.request(tmp_path, "a test")
+            control = look.on_step_end(arguments, TrainerState(global_step=step, max_steps=3), TrainerControl())
+            assert control.should_training_stop == control.should_save == ends
+    finally:
+        dist.destroy_process_group()
