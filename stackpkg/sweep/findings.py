@@ -147,7 +147,8 @@ def separate(healthy: Sequence[float], bad: Sequence[float], *, below: bool) -> 
     """The threshold between the scores of healthy and of diverged runs, if any value has them on two sides.
 
     `low` to `high` is the gap, in which every value separates these runs. `false_alarms` and `misses` are the 95%
-    upper bounds of the rates that so few runs allow; `auc` the chance that a diverged run scores beyond a healthy one.
+    upper bounds of the rates that so few runs allow; with too few the verdict says so. `auc` is the
+    chance that a diverged run scores beyond a healthy one.
     """
     sign = -1.0 if below else 1.0
     good, ill = ([sign * x for x in xs if math.isfinite(x)] for xs in (healthy, bad))
@@ -163,7 +164,10 @@ def separate(healthy: Sequence[float], bad: Sequence[float], *, below: bool) -> 
     made |= {"auc": auc, "low": a, "high": b, "threshold": math.sqrt(a * b) if a > 0 else (a + b) / 2}
     # none in n: p <= 1 - 0.05^(1/n)   (Clopper & Pearson 1934, one-sided)
     made |= {name: 1 - (1 - CONFIDENCE) ** (1 / len(x)) for name, x in (("false_alarms", good), ("misses", ill))}
-    return made | {"verdict": "separable"}
+    # scores that say nothing fall apart so in 1 of C(n + m, m) orders   (Fisher's exact permutation test)
+    chance = 1 / math.comb(len(good) + len(ill), len(ill))
+    too_few = f"too few runs: scores that say nothing part like this with chance {chance:.2f}"
+    return made | {"verdict": "separable" if chance <= 1 - CONFIDENCE else too_few}
 
 
 def thresholds(p: Params, runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
