@@ -1,179 +1,18 @@
-"""The objectives: properties of each term, and proof that their scale does not depend on how a step is split."""
+"""The objectives: properties of each term, and what the composer does with them."""
 
 import math
-import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.distributed import DistributedConfig
+from tiny_models import DEEPSEEK, MIXTRAL, OLMOE, QWEN, STACK
 
 from stackpkg import params
 from stackpkg.model import build
-from stackpkg.model.retrieval import embed
-from stackpkg.objectives import Composer, StepCounts, losses
-
-SMALL = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "block_size": 8,
-}  # fmt: skip
-QWEN = {
-    "model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
-    "num_key_value_heads": 2, "moe_intermediate_size": 16, "intermediate_size": 16, "num_experts": 4,
-    "num_experts_per_tok": 2,
-}  # fmt: skip
-ROWS, LENGTH = 8, 24
-USAGE = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.05, 0.15, 0.3, 0.5]])
-ADDITIVE = params.Objectives(contrastive=0.0, load_balance=1.0, gate_entropy=1.0, long_range=1.0)
-CONTRASTIVE = params.Objectives(
-    language_modelling=0.0, contrastive=1.0, load_balance=0.0, gate_entropy=0.0, long_range=0.0
-)
-
-
-def batch() -> dict[str, torch.Tensor]:
-    """Rows with very different numbers of label and answer tokens, and two rows of the same document."""
-    g = torch.Generator().manual_seed(5)
-    ids = torch.randint(1, 64, (ROWS, LENGTH), generator=g)
-    labels = ids.clone()
-    for row in range(ROWS):
-        labels[row, : 2 * row + 1] = -100
-    answers = torch.zeros_like(labels, dtype=torch.bool)
-    answers[1, -3:] = answers[6, -1:] = True
-    pairs = torch.randint(1, 64, (3, ROWS, 10), generator=g)
-    keys = torch.tensor([0, 1, 2, 3, 4, 5, 6, 1])
-    return {"ids": ids, "labels": labels, "answers": answers, "pairs": pairs.transpose(0, 1), "keys": keys}
-
-
-def count(whole: dict[str, torch.Tensor], ranks: int) -> StepCounts:
-    labelled = whole["labels"][:, 1:] != -100
-    return StepCounts(int(labelled.sum()), int((whole["answers"][:, 1:] & labelled).sum()), ROWS, ranks)
-
-
-def step(
-    model: PreTrainedModel,
-    weights: params.Objectives,
-    part: dict[str, torch.Tensor],
-    sizes: list[int],
-    counts: StepCounts,
-) -> tuple[dict[str, torch.Tensor], dict[str, float], Composer]:
-    """Gradients, raw values and composer after one step of `part`, in micro-batches of `sizes` rows."""
-    composer, sums = Composer(weights, top_k=2), {}
-    composer.usage = USAGE
-    model.zero_grad()
-    for micro in (
-        dict(zip(part, values, strict=True)) for values in zip(*(t.split(sizes) for t in part.values()), strict=True)
-    ):
-        out = model(input_ids=micro["ids"], output_router_logits=True)
-        pair = None
-        if weights.contrastive:
-            pair = embed(model, micro["pairs"].flatten(0, 1), 0).unflatten(0, (-1, 3))
-        query, positive, hard = (None, None, None) if pair is None else (pair[:, 0], pair[:, 1], pair[:, 2:])
-        total, raw = composer.losses(
-            out.logits,
-            micro["labels"],
-            micro["answers"],
-            out.router_logits,
-            query,
-            positive,
-            hard,
-            micro["keys"],
-            counts,
-        )
-        total.backward()
-        for name, value in raw.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    composer.after_step()
-    full = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in full.items()}, sums, composer
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    flat = [torch.cat([d[name].flatten() for name in sorted(one)]) for d in (one, other)]
-    return float((flat[0] - flat[1]).norm() / flat[0].norm())
-
-
-# ---- scale proof
-
-
-@pytest.mark.parametrize("config", [SMALL, QWEN], ids=["reference", "qwen3_moe"])
-@pytest.mark.parametrize("sizes", [[4, 4], [1, 7], [2, 2, 2, 2], [1, 4, 1, 2]], ids=str)
-def test_accumulation_changes_no_additive_term(config: dict, sizes: list[int]) -> None:
-    model = build(params.Model(kind="auto" if "model_type" in config else "stack", config=config), 64, 0, 3)
-    for name in ("language_modelling", "load_balance", "gate_entropy", "long_range", None):
-        off = dict.fromkeys(("language_modelling", "load_balance", "gate_entropy", "long_range"), 0.0)
-        weights = ADDITIVE if name is None else ADDITIVE.model_copy(update=off | {name: 1.0})
-        whole, values, composer = step(model, weights, batch(), [ROWS], count(batch(), 1))
-        split, sums, other = step(model, weights, batch(), sizes, count(batch(), 1))
-        assert distance(whole, split) < 1e-5, name
-        assert sums == pytest.approx(values, rel=1e-5)
-        assert torch.equal(composer.usage, other.usage), "one update a step, from the counts of all micro-batches"
-
-
-def test_contrastive_term_depends_on_the_negatives_in_a_micro_batch() -> None:
-    model, counts = build(params.Model(config=SMALL), 64, 0, 3), count(batch(), 1)
-    whole, value, _ = step(model, CONTRASTIVE, batch(), [ROWS], counts)
-    split, sums, _ = step(model, CONTRASTIVE, batch(), [4, 4], counts)
-    assert sums["contrastive"] < value["contrastive"] and distance(whole, split) > 1e-3
-
-
-def worker(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    spread = DistributedConfig(fsdp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=spread, dtype=torch.float32)
-    assert any(isinstance(p, DTensor) for p in model.parameters())
-    share = {name: t.chunk(2)[rank] for name, t in batch().items()}
-    for kind, sizes in (("additive", [4]), ("additive", [1, 3]), ("additive", [1, 1, 1, 1]), ("contrastive", [4])):
-        weights = ADDITIVE if kind == "additive" else CONTRASTIVE
-        found, sums, composer = step(model, weights, share, sizes, count(batch(), 2))
-        if rank == 0:
-            gradients, usage = torch.load(f"{folder}/{kind}.pt", weights_only=True)
-            assert distance(gradients, found) < 1e-5, (kind, sizes)
-            assert torch.equal(composer.usage, usage), "counts are those of all ranks"
-        values = torch.tensor([sums[name] for name in sorted(sums)])
-        torch.distributed.all_reduce(values)
-        expected = torch.load(f"{folder}/{kind}-values.pt", weights_only=True)
-        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_fsdp_ranks_give_the_gradient_of_one_process(tmp_path: object) -> None:
-    model = build(params.Model(config=SMALL), 64, 0, 3)
-    model.save_pretrained(tmp_path)
-    for kind, weights in (("additive", ADDITIVE), ("contrastive", CONTRASTIVE)):
-        gradients, sums, composer = step(model, weights, batch(), [ROWS], count(batch(), 1))
-        torch.save((gradients, composer.usage), f"{tmp_path}/{kind}.pt")
-        torch.save(torch.tensor([sums[name] for name in sorted(sums)]), f"{tmp_path}/{kind}-values.pt")
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
-
-
-def test_canary_stock_trainer_scales_its_auxiliary_loss_with_accumulation(tmp_path: object) -> None:
-    """When this fails upstream has mended it: transformers #48690."""
-    row = torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(1))
-    norms = []
-
-    class Gate(TrainerCallback):
-        def on_pre_optimizer_step(self, *_: object, model: torch.nn.Module, **__: object) -> None:
-            norms.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "mlp.gate." in n]).norm())
-
-    for accumulation in (1, 4):
-        model = build(params.Model(kind="auto", config=QWEN), 64, 0, 3)
-        model.config.output_router_logits, model.router_aux_loss_coef = True, 0.1
-        model.loss_function = lambda logits, *_, **__: logits.sum() * 0.0  # the auxiliary term alone
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
-            max_steps=1, learning_rate=0.0, max_grad_norm=0.0, use_cpu=True, save_strategy="no",
-            report_to=[], disable_tqdm=True,
-        )  # fmt: skip
-        data = [{"input_ids": row, "labels": row}] * 8
-        Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Gate()]).train()
-    assert norms[1] / norms[0] == pytest.approx(4.0, rel=1e-3)
+from stackpkg.objectives import Composer, StepCounts, Term, bandit, losses, norms, routing
+from stackpkg.objectives.routing import Routed
 
 
 # ---- language modelling and long range
