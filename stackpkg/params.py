@@ -38,17 +38,40 @@ class Model(Section):
         return self
 
 
+Term = Literal[
+    "language_modelling", "contrastive", "load_balance", "gate_entropy", "z_loss", "regret", "conformance",
+    "long_range", "preference",
+]  # fmt: skip
+
+
 class Objectives(Section):
-    """Weights of the training loss (spec: Objectives and their default weights)."""
+    """Weights of the training loss (spec: Objectives and their default weights). A term of weight 0 is not computed."""
 
     language_modelling: float = Field(1.0, ge=0, le=10)
     contrastive: float = Field(0.2, ge=0, le=10)
     load_balance: float = Field(0.05, ge=0, le=10)
     gate_entropy: float = Field(0.01, ge=0, le=10)
+    z_loss: float = Field(0.0, ge=0, le=10, description="squared log-partition of the routers; ST-MoE has 0.001")
+    regret: float = Field(0.02, ge=0, le=10, description="expected regret of the gates against the best expert")
+    conformance: float = Field(0.1, ge=0, le=10, description="attention and tokens that scopes forbid")
     long_range: float = Field(0.1, ge=0, le=10, description="extra weight of the answer tokens of long-range tasks")
+    preference: float = Field(0.0, ge=0, le=10)
+    ramp_steps: dict[Term, Annotated[int, Field(ge=1)]] = Field(
+        {"contrastive": 100}, description="optimiser steps in which a term grows to its weight"
+    )
+    norms_every: int = Field(50, ge=0, description="optimiser steps between two gradient norms of each term; 0: never")
     target_entropy: float = Field(0.6, ge=0, le=1, description="normalised gate entropy to hold (band 0.4 to 0.8)")
     usage_decay: float = Field(0.9, ge=0, lt=1, description="EMA decay of each expert's share")
+    bias_rate: float = Field(0.0, ge=0, le=1, description="step of the choice bias, which balances without a loss; "
+                             "arXiv 2408.15664 has 0.001. Only for routers that have one")  # fmt: skip
+    reward_horizon: int = Field(1024, ge=1, description="optimiser steps the experts' reward estimates look back")
     tau: float = Field(0.05, gt=0, le=1, description="temperature of InfoNCE")
+    false_negative_margin: float | None = Field(
+        None, ge=-2, le=2, description="negatives of cosine above the positive's less this do not count; None: all do"
+    )
+    preference_loss: Literal["simpo", "orpo", "dpo"] = "simpo"
+    preference_beta: float = Field(2.0, gt=0, le=100, description="papers: SimPO 2, DPO and ORPO 0.1")
+    preference_gamma: float = Field(1.0, ge=0, le=100, description="margin SimPO asks for")
 
 
 class Optimization(Section):

@@ -1,180 +1,18 @@
-"""The objectives: properties of each term, and proof that their scale does not depend on how a step is split."""
+"""The objectives: properties of each term, and what the composer does with them."""
 
 import math
-import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.distributed import DistributedConfig
+from tiny_models import DEEPSEEK, MIXTRAL, OLMOE, QWEN, STACK
 
 from stackpkg import params
 from stackpkg.model import build
-from stackpkg.model.retrieval import embed
-from stackpkg.objectives import Composer, StepCounts, losses
-
-SMALL = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "block_size": 8,
-}  # fmt: skip
-QWEN = {
-    "model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
-    "num_key_value_heads": 2, "moe_intermediate_size": 16, "intermediate_size": 16, "num_experts": 4,
-    "num_experts_per_tok": 2,
-}  # fmt: skip
-ROWS, LENGTH = 8, 24
-USAGE = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.05, 0.15, 0.3, 0.5]])
-ADDITIVE = params.Objectives(contrastive=0.0, load_balance=1.0, gate_entropy=1.0, long_range=1.0)
-CONTRASTIVE = params.Objectives(
-    language_modelling=0.0, contrastive=1.0, load_balance=0.0, gate_entropy=0.0, long_range=0.0
-)
-
-
-def batch() -> dict[str, torch.Tensor]:
-    """Rows with very different numbers of label and answer tokens, and two rows of the same document."""
-    g = torch.Generator().manual_seed(5)
-    ids = torch.randint(1, 64, (ROWS, LENGTH), generator=g)
-    labels = ids.clone()
-    for row in range(ROWS):
-        labels[row, : 2 * row + 1] = -100
-    answers = torch.zeros_like(labels, dtype=torch.bool)
-    answers[1, -3:] = answers[6, -1:] = True
-    pairs = torch.randint(1, 64, (3, ROWS, 10), generator=g)
-    keys = torch.tensor([0, 1, 2, 3, 4, 5, 6, 1])
-    return {"ids": ids, "labels": labels, "answers": answers, "pairs": pairs.transpose(0, 1), "keys": keys}
-
-
-def count(whole: dict[str, torch.Tensor], ranks: int) -> StepCounts:
-    labelled = whole["labels"][:, 1:] != -100
-    return StepCounts(int(labelled.sum()), int((whole["answers"][:, 1:] & labelled).sum()), ROWS, ranks)
-
-
-def step(
-    model: PreTrainedModel,
-    weights: params.Objectives,
-    part: dict[str, torch.Tensor],
-    sizes: list[int],
-    counts: StepCounts,
-) -> tuple[dict[str, torch.Tensor], dict[str, float], Composer]:
-    """Gradients, raw values and composer after one step of `part`, in micro-batches of `sizes` rows."""
-    composer, sums = Composer(weights, top_k=2), {}
-    composer.usage = USAGE
-    model.zero_grad()
-    for micro in (
-        dict(zip(part, values, strict=True)) for values in zip(*(t.split(sizes) for t in part.values()), strict=True)
-    ):
-        out = model(input_ids=micro["ids"], output_router_logits=True)
-        pair = None
-        if weights.contrastive:
-            pair = embed(model, micro["pairs"].flatten(0, 1), 0).unflatten(0, (-1, 3))
-        query, positive, hard = (None, None, None) if pair is None else (pair[:, 0], pair[:, 1], pair[:, 2:])
-        total, raw = composer.losses(
-            out.logits,
-            micro["labels"],
-            micro["answers"],
-            out.router_logits,
-            query,
-            positive,
-            hard,
-            micro["keys"],
-            counts,
-        )
-        total.backward()
-        for name, value in raw.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    composer.after_step()
-    full = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in full.items()}, sums, composer
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    flat = [torch.cat([d[name].flatten() for name in sorted(one)]) for d in (one, other)]
-    return float((flat[0] - flat[1]).norm() / flat[0].norm())
-
-
-# ---- scale proof
-
-
-@pytest.mark.parametrize("config", [SMALL, QWEN], ids=["reference", "qwen3_moe"])
-@pytest.mark.parametrize("sizes", [[4, 4], [1, 7], [2, 2, 2, 2], [1, 4, 1, 2]], ids=str)
-def test_accumulation_changes_no_additive_term(config: dict, sizes: list[int]) -> None:
-    model = build(params.Model(kind="auto" if "model_type" in config else "stack", config=config), 64, 0, 3)
-    for name in ("language_modelling", "load_balance", "gate_entropy", "long_range", None):
-        off = dict.fromkeys(("language_modelling", "load_balance", "gate_entropy", "long_range"), 0.0)
-        weights = ADDITIVE if name is None else ADDITIVE.model_copy(update=off | {name: 1.0})
-        whole, values, composer = step(model, weights, batch(), [ROWS], count(batch(), 1))
-        split, sums, other = step(model, weights, batch(), sizes, count(batch(), 1))
-        assert distance(whole, split) < 1e-5, name
-        assert sums == pytest.approx(values, rel=1e-5)
-        assert torch.equal(composer.usage, other.usage), "one update a step, from the counts of all micro-batches"
-
-
-def test_contrastive_term_depends_on_the_negatives_in_a_micro_batch() -> None:
-    model, counts = build(params.Model(config=SMALL), 64, 0, 3), count(batch(), 1)
-    whole, value, _ = step(model, CONTRASTIVE, batch(), [ROWS], counts)
-    split, sums, _ = step(model, CONTRASTIVE, batch(), [4, 4], counts)
-    assert sums["contrastive"] < value["contrastive"] and distance(whole, split) > 1e-3
-
-
-def worker(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    spread = DistributedConfig(fsdp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=spread, dtype=torch.float32)
-    assert any(isinstance(p, DTensor) for p in model.parameters())
-    share = {name: t.chunk(2)[rank] for name, t in batch().items()}
-    for kind, sizes in (("additive", [4]), ("additive", [1, 3]), ("additive", [1, 1, 1, 1]), ("contrastive", [4])):
-        weights = ADDITIVE if kind == "additive" else CONTRASTIVE
-        found, sums, composer = step(model, weights, share, sizes, count(batch(), 2))
-        if rank == 0:
-            gradients, usage = torch.load(f"{folder}/{kind}.pt", weights_only=True)
-            assert distance(gradients, found) < 1e-5, (kind, sizes)
-            assert torch.equal(composer.usage, usage), "counts are those of all ranks"
-        values = torch.tensor([sums[name] for name in sorted(sums)])
-        torch.distributed.all_reduce(values)
-        expected = torch.load(f"{folder}/{kind}-values.pt", weights_only=True)
-        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_fsdp_ranks_give_the_gradient_of_one_process(tmp_path: object) -> None:
-    model = build(params.Model(config=SMALL), 64, 0, 3)
-    model.save_pretrained(tmp_path)
-    for kind, weights in (("additive", ADDITIVE), ("contrastive", CONTRASTIVE)):
-        gradients, sums, composer = step(model, weights, batch(), [ROWS], count(batch(), 1))
-        torch.save((gradients, composer.usage), f"{tmp_path}/{kind}.pt")
-        torch.save(torch.tensor([sums[name] for name in sorted(sums)]), f"{tmp_path}/{kind}-values.pt")
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
-
-
-def test_canary_stock_trainer_scales_its_auxiliary_loss_with_accumulation(tmp_path: object) -> None:
-    """When this fails upstream has mended it: transformers #48690."""
-    row = torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(1))
-    norms = []
-
-    class Gate(TrainerCallback):
-        def on_pre_optimizer_step(self, *_: object, model: torch.nn.Module, **__: object) -> None:
-            norms.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "mlp.gate." in n]).norm())
-
-    for accumulation in (1, 4):
-        model = build(params.Model(kind="auto", config=QWEN), 64, 0, 3)
-        model.config.output_router_logits, model.router_aux_loss_coef = True, 0.1
-        model.loss_function = lambda logits, *_, **__: logits.sum() * 0.0  # the auxiliary term alone
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
-            max_steps=1, learning_rate=0.0, max_grad_norm=0.0, use_cpu=True, save_strategy="no",
-            report_to=[], disable_tqdm=True,
-        )  # fmt: skip
-        data = [{"input_ids": row, "labels": row}] * 8
-        Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Gate()]).train()
-    assert norms[1] / norms[0] == pytest.approx(4.0, rel=1e-3)
-
+from stackpkg.objectives import Composer, StepCounts, Term, bandit, losses, norms, routing
+from stackpkg.objectives.routing import Routed
 
 # ---- language modelling and long range
 
@@ -216,6 +54,32 @@ def test_info_nce_limits_and_gradient() -> None:
     assert float(chance) == pytest.approx(4 * math.log(5))
     inputs = [t.requires_grad_() for t in (unit(3, 4), unit(3, 4), unit(3, 1, 4))]
     assert torch.autograd.gradcheck(lambda *t: losses.info_nce(*t, torch.arange(3), 0.5, None), inputs)
+
+
+def test_info_nce_leaves_out_what_scores_like_the_positive_only_with_a_margin() -> None:
+    q = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64), dim=-1)
+    d = F.normalize(torch.tensor([[1.0, 0.2], [0.2, 1.0]], dtype=torch.float64), dim=-1)
+    near = F.normalize(torch.tensor([[[1.0, 0.25]], [[1.0, 0.0]]], dtype=torch.float64), dim=-1)
+    keys = torch.arange(2)
+    far_only = losses.info_nce(q, d, near, keys, 0.1, margin=0.1)
+    expected = F.cross_entropy(torch.stack([q[0] @ d[0], q[0] @ d[1]])[None] / 0.1, torch.tensor([0]))
+    expected += F.cross_entropy(
+        torch.stack([q[1] @ d[1], q[1] @ d[0], q[1] @ near[1, 0]])[None] / 0.1, torch.tensor([0])
+    )
+    torch.testing.assert_close(far_only, expected)
+    assert losses.info_nce(q, d, near, keys, 0.1) > far_only
+    alike = torch.ones(4, 3, dtype=torch.float64) / 3**0.5
+    assert losses.info_nce(alike, alike, alike[:, None], torch.arange(4), 0.05, margin=0.1) == 0, "why it is off"
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 6), st.integers(0, 3), st.integers(0, 99))
+def test_info_nce_range_and_order_of_rows(rows: int, hard: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    q, d, n = (F.normalize(torch.randn(rows, *s, 4, generator=g).double(), dim=-1) for s in ((), (), (hard,)))
+    value, order = losses.info_nce(q, d, n, torch.arange(rows), 0.2), torch.randperm(rows, generator=g)
+    assert 0 <= value <= rows * (math.log(rows + hard) + 2 / 0.2)
+    torch.testing.assert_close(losses.info_nce(q[order], d[order], n[order], torch.arange(rows), 0.2), value)
 
 
 # ---- router
@@ -267,38 +131,261 @@ def test_gate_entropy_limits_and_gradient() -> None:
     assert torch.autograd.gradcheck(lambda z: losses.gate_entropy(z.softmax(-1), 0.6), (logits,))
 
 
+@settings(max_examples=30)
+@given(st.floats(-20, 20), st.permutations(range(4)), st.integers(0, 99))
+def test_z_loss_grows_when_logits_shift_and_is_blind_to_names(shift: float, order: list[int], seed: int) -> None:
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    centred = logits - logits.logsumexp(-1, keepdim=True)
+    assert losses.z_loss(centred) == pytest.approx(0.0, abs=1e-9)
+    assert float(losses.z_loss(centred + shift)) == pytest.approx(6 * shift**2, rel=1e-5, abs=1e-9)
+    torch.testing.assert_close(losses.z_loss(logits[:, order]), losses.z_loss(logits))
+    torch.testing.assert_close((centred + shift).softmax(-1), logits.softmax(-1))  # which a gate does not see
+
+
+def test_z_loss_gradient() -> None:
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: z.logsumexp(-1).square().sum(), (logits,))
+    ours = torch.autograd.grad(losses.z_loss(logits), logits)[0]
+    torch.testing.assert_close(
+        ours, torch.autograd.grad(logits.logsumexp(-1).square().sum(), logits)[0], rtol=1e-5, atol=1e-6
+    )
+
+
+# ---- any mixture of experts of transformers
+
+
+MIXTURES = {"reference": STACK, "qwen3_moe": QWEN, "mixtral": MIXTRAL, "olmoe": OLMOE, "deepseek_v3": DEEPSEEK}
+ROUTER = ("load_balance", "gate_entropy", "z_loss", "regret")
+EVEN = params.Objectives(contrastive=0, long_range=0, z_loss=1, load_balance=1, gate_entropy=1, regret=1, norms_every=1)
+
+
+def tiny(config: dict, **changes: int):
+    kind = "auto" if "model_type" in config else "stack"
+    return build(params.Model(kind=kind, config=config | changes), 64, 0, 3)
+
+
+def forward(model, composer: Composer, ids: torch.Tensor):
+    with routing.record(model) as routed:
+        logits = model(input_ids=ids, use_cache=False).logits
+    counts = StepCounts(ids[:, 1:].numel(), 0, len(ids), 1)
+    return composer.losses(logits, ids, torch.zeros_like(ids, dtype=torch.bool), routed, None, counts), routed
+
+
+@pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
+def test_router_terms_of_any_mixture(config: dict) -> None:
+    model, ids = tiny(config), torch.randint(1, 64, (3, 14), generator=torch.Generator().manual_seed(1))
+    routers, composer = routing.routers(model), Composer(EVEN)
+    values = []
+    for _ in range(3):
+        step, routed = forward(model, composer, ids)
+        values.append(step.raw)
+        composer.after_step()
+    assert len(routers) == len(routed) == 2 and routed[0].logits.shape == (42, 4) and routed[0].chosen.shape == (42, 2)
+    for layer in routed:
+        torch.testing.assert_close(layer.gate().sum(-1), torch.ones(42))
+        assert (layer.gate() > 0).all()
+    assert values[2].keys() == {"language_modelling", *ROUTER} and all(v.isfinite() for v in values[2].values())
+    assert 0 <= values[2]["load_balance"] <= math.log(4) and 0 <= values[2]["regret"] <= 1
+    weights = [router.weight for router in routers]
+    for name in ROUTER:
+        only = EVEN.model_copy(update=dict.fromkeys({"language_modelling", *ROUTER} - {name}, 0.0))
+        other = Composer(only)
+        other.load_state_dict(composer.state_dict())
+        gradients = torch.autograd.grad(forward(model, other, ids)[0].total, weights)
+        assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients), name
+    step, _ = forward(model, composer, ids)
+    told = norms({name: float(value) for name, value in step.squares.items()})
+    assert set(told) == {"language_modelling", *ROUTER, "cosine_regret_load_balance"}
+    assert -1 <= told["cosine_regret_load_balance"] <= 1 and all(math.isfinite(value) for value in told.values())
+
+
+@pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
+def test_what_is_recorded_is_what_the_experts_got(config: dict) -> None:
+    model, ids, got = tiny(config), torch.arange(1, 13)[None], []
+    experts = [m for n, m in model.named_modules() if n.endswith("experts") and "shared" not in n]
+    for module in experts:
+        module.register_forward_hook(lambda _, args, __: got.append(args[1:]))
+    with routing.record(model) as routed:
+        model(input_ids=ids, use_cache=False)
+    model(input_ids=ids, use_cache=False)  # outside the block: not recorded
+    assert len(routed) == 2 and len(got) == 4
+    for layer, (chosen, weights) in zip(routed, got, strict=False):
+        assert torch.equal(layer.chosen, chosen)
+        ratio = layer.gate().gather(1, chosen)  # the gate is what the weights come from, normalised or scaled
+        torch.testing.assert_close(ratio[:, 0] * weights[:, 1], ratio[:, 1] * weights[:, 0])
+
+
+@pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
+def test_collapsed_layers_do_not_score_as_balanced_whatever_k(config: dict) -> None:
+    scores = {}
+    for k in (1, 2):
+        model, composer = tiny(config, num_experts_per_tok=k), Composer(EVEN)
+        routed = forward(model, composer, torch.ones(2, 9, dtype=torch.long))[1]
+        collapsed = [torch.roll(torch.arange(4), 2 * layer)[:k].expand(18, k) for layer in range(2)]
+        composer._chosen = None
+        composer._count([layer._replace(chosen=c) for layer, c in zip(routed, collapsed, strict=True)])
+        composer.after_step()
+        scores[k] = losses.balance_divergence(composer.usage)
+        assert losses.balance_divergence(composer.usage.mean(0, keepdim=True)) < scores[k].min()
+    torch.testing.assert_close(scores[1], torch.full((2,), math.log(4)))
+    torch.testing.assert_close(scores[2], torch.full((2,), math.log(2)))
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 4), st.integers(0, 99))
+def test_router_coefficients_do_not_depend_on_k(k: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(40, 4, generator=g, requires_grad=True)
+    even = torch.stack([torch.arange(40 * k).view(40, k) % 4]).squeeze(0)  # every expert equally often
+    composer = Composer(EVEN)
+    for _ in range(3):
+        step = router_step(composer, [Routed(logits, even)])
+        composer.after_step()
+    assert float(step.raw["load_balance"]) == pytest.approx(0.0, abs=1e-6)
+    gate = logits.softmax(-1)
+    assert float(step.raw["z_loss"]) == pytest.approx(float(losses.z_loss(logits) / 40), rel=1e-5)
+    assert float(step.raw["gate_entropy"]) == pytest.approx(float(losses.gate_entropy(gate, 0.6) / 40), rel=1e-5)
+    paid = bandit.Bandit()
+    paid.credit(torch.full((40,), 0.5), [gate.detach()], [even])
+    paid.after_step()
+    torch.testing.assert_close(paid.estimates, torch.full((1, 4), 0.5, dtype=torch.float64))
+
+
+def test_a_router_of_another_kind_is_refused() -> None:
+    model = tiny(QWEN)
+    routing.routers(model)[0].scoring_func = "sqrtsoftplus"
+    with pytest.raises(ValueError, match="softmax and sigmoid"), routing.record(model):
+        model(input_ids=torch.arange(1, 6)[None])
+    assert routing.routers(tiny({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2})) == []
+
+
+# ---- balance without a loss
+
+
+@pytest.mark.parametrize("config", [STACK, DEEPSEEK], ids=["reference", "deepseek_v3"])
+def test_choice_bias_balances_moves_no_weight_and_is_saved(config: dict, tmp_path: object) -> None:
+    model = tiny(config)
+    routers = routing.routers(model)
+    for router in routers:
+        router.e_score_correction_bias.copy_(torch.tensor([0.6, -0.2, -0.2, -0.2]))  # expert 0 gets every token
+    ids = torch.randint(1, 64, (4, 40), generator=torch.Generator().manual_seed(1))
+    composer = Composer(EVEN.model_copy(update={"bias_rate": 0.01, "usage_decay": 0.0}), routers)
+    spread = []
+    for step in range(60):
+        with torch.no_grad(), routing.record(model) as routed:
+            model(input_ids=ids, use_cache=False)
+        composer._count(routed)
+        composer.after_step(applied=step != 1)
+        spread.append(float(losses.balance_divergence(composer.usage).max()))
+        assert all(abs(float(r.e_score_correction_bias.sum())) < 1e-5 for r in routers), "the mean of each move is 0"
+    assert spread[-1] < 0.3 * spread[0] and spread[0] > 0.1 and composer.steps == 59
+    for router, layer in zip(routers, routed, strict=True):
+        x = torch.randn(7, 64)
+        logits, weights, chosen = router(x)
+        bare = Routed(logits, chosen, layer.sigmoid).gate().gather(1, chosen)
+        torch.testing.assert_close(weights[:, 0] * bare[:, 1], weights[:, 1] * bare[:, 0])
+    model.save_pretrained(tmp_path)
+    again = routing.routers(type(model).from_pretrained(tmp_path))
+    for router, other in zip(routers, again, strict=True):
+        assert router.e_score_correction_bias.abs().sum() > 0
+        assert torch.equal(router.e_score_correction_bias, other.e_score_correction_bias)
+
+
+def test_choice_bias_needs_a_router_that_has_one() -> None:
+    composer = Composer(EVEN.model_copy(update={"bias_rate": 0.1}), routing.routers(tiny(QWEN)))
+    forward(tiny(QWEN), composer, torch.ones(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="bias_rate to 0"):
+        composer.after_step()
+
+
 # ---- composer
 
 
-def one_step(composer: Composer, router_logits: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    labels = torch.zeros(2, 5, dtype=torch.long)
-    counts = StepCounts(8, 0, 2, 1)
-    nothing = (None, None, None, None)
-    return composer.losses(torch.randn(2, 5, 3), labels, labels.bool(), router_logits, *nothing, counts)[1]
+def router_step(composer: Composer, routed: list[Routed], **more):
+    rows = len(routed[0].logits) // 5 if routed else 2
+    labels = torch.arange(rows * 5).view(rows, 5) % 3
+    counts = StepCounts(rows * 4, 0, rows, 1)
+    logits = torch.randn(rows, 5, 3, generator=torch.Generator().manual_seed(len(labels)), requires_grad=True)
+    return composer.losses(logits, labels, labels < 0, routed, None, counts, **more)
+
+
+def one_step(composer: Composer, logits: torch.Tensor, k: int = 1) -> dict[str, torch.Tensor]:
+    return router_step(composer, [Routed(logits.requires_grad_(), logits.topk(k, -1).indices)]).raw
 
 
 def test_usage_moves_once_a_step_and_survives_a_checkpoint() -> None:
-    composer = Composer(params.Objectives(usage_decay=0.5), top_k=1)
+    composer = Composer(params.Objectives(usage_decay=0.5))
     first, second = torch.zeros(10, 4), torch.zeros(10, 4)
     first[:, 0] = second[:, 1] = 5.0
     composer.after_step()
     assert composer.usage is None and composer.state_dict()["usage"].numel() == 0
-    assert "load_balance" not in one_step(composer, [first])
+    assert "load_balance" not in one_step(composer, first)
     composer.after_step()
     assert composer.usage.tolist() == [[1.0, 0.0, 0.0, 0.0]]
     for _ in range(2):
-        assert float(one_step(composer, [second])["load_balance"]) == pytest.approx(math.log(4))
+        assert float(one_step(composer, second)["load_balance"]) == pytest.approx(math.log(4))
     assert composer.usage.tolist() == [[1.0, 0.0, 0.0, 0.0]], "fixed within a step"
     composer.after_step()
     assert composer.usage.tolist() == [[0.5, 0.5, 0.0, 0.0]]
-    again = Composer(composer.weights, top_k=1)
+    again = Composer(composer.weights)
     again.load_state_dict(composer.state_dict())
     assert torch.equal(again.usage, composer.usage)
 
 
 def test_terms_of_weight_0_and_models_without_a_router_are_left_out() -> None:
-    quiet = params.Objectives(contrastive=0, load_balance=0, gate_entropy=0, long_range=0)
-    assert set(one_step(Composer(quiet, 1), [torch.randn(10, 4)])) == {"language_modelling"}
-    assert set(one_step(Composer(params.Objectives(), 1), None)) == {"language_modelling", "long_range"}
-    dense = one_step(Composer(params.Objectives(), 1), [torch.randn(10, 1)])
+    quiet = params.Objectives(contrastive=0, load_balance=0, gate_entropy=0, long_range=0, regret=0, conformance=0)
+    extra = {"conformance": Term(torch.ones(()))}
+    assert set(one_step(Composer(quiet), torch.randn(10, 4))) == {"language_modelling"}
+    assert set(router_step(Composer(quiet), [], extra=extra).raw) == {"language_modelling"}
+    assert set(router_step(Composer(params.Objectives()), []).raw) == {"language_modelling", "long_range"}
+    dense = one_step(Composer(params.Objectives()), torch.randn(10, 1))
     assert set(dense) == {"language_modelling", "long_range"}, "one expert is a dense layer"
+
+
+def test_a_skipped_step_teaches_nothing_and_moves_no_schedule() -> None:
+    composer = Composer(params.Objectives())
+    for applied in (True, False):
+        one_step(composer, torch.randn(10, 4))
+        before = composer.state_dict()
+        composer.after_step(applied)
+        assert composer.steps == 1
+    torch.testing.assert_close(composer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_ramp_grows_to_the_weight_and_survives_a_checkpoint() -> None:
+    weights = params.Objectives(conformance=0.5, ramp_steps={"conformance": 4}, norms_every=2)
+    composer, seen, measured = Composer(weights), [], []
+    for _ in range(6):
+        point = torch.tensor(3.0, requires_grad=True)
+        step = router_step(composer, [], extra={"conformance": Term(2 * point, 8, (point,))})
+        assert float(step.raw["conformance"]) == pytest.approx(6 / 8)
+        seen.append(float(step.weighted["conformance"]) / (6 / 8))
+        measured.append(norms(step.squares).get("conformance"))
+        torch.testing.assert_close(step.total.detach(), torch.stack(list(step.weighted.values())).sum())
+        step.total.backward()
+        assert float(point.grad) == pytest.approx(seen[-1] * 2 / 8), "the norm taken before left no trace"
+        composer.after_step()
+        state = composer.state_dict()
+        composer = Composer(weights)
+        composer.load_state_dict(state)
+    assert seen == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+    assert measured == [pytest.approx(s / 4) if i % 2 == 0 else None for i, s in enumerate(seen)]
+
+
+def test_norms_of_a_step_do_not_depend_on_its_split() -> None:
+    logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    gate_only = params.Objectives(load_balance=0, regret=0, norms_every=1)
+    labels = torch.zeros(8, 5, dtype=torch.long)
+    sums = []
+    for sizes in ([8], [1, 4, 3]):
+        squares = 0.0
+        for rows in torch.arange(8).split(sizes):
+            part = logits.view(8, 5, 4)[rows].flatten(0, 1)
+            nothing = torch.zeros(len(rows), 5, 3, requires_grad=True)
+            routed = [Routed(part, part.topk(2, -1).indices)]
+            counts = StepCounts(32, 0, 8, 1)
+            step = Composer(gate_only).losses(nothing, labels[rows], labels[rows] > 0, routed, None, counts)
+            squares += float(step.squares["gate_entropy"])
+        sums.append(squares)
+    value = 0.01 / 40 * losses.gate_entropy(logits.softmax(-1), 0.6)
+    assert sums == pytest.approx([float(torch.autograd.grad(value, logits)[0].square().sum())] * 2, rel=1e-4)

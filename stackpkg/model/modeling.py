@@ -63,6 +63,8 @@ class StackPreTrainedModel(PreTrainedModel):
         if isinstance(module, (Experts, Router)):
             for weight in module.parameters():
                 init.normal_(weight, 0.0, self.config.initializer_range)
+            for bias in module.buffers():
+                init.zeros_(bias)
 
 
 class StackModel(StackPreTrainedModel):

@@ -1,5 +1,5 @@
 """Training objectives: each loss a pure function, and the composer that weights and scales them."""
 
-from stackpkg.objectives.composer import Composer, StepCounts
+from stackpkg.objectives.composer import Composer, Pairs, Step, StepCounts, Term, norms, tap
 
-__all__ = ["Composer", "StepCounts"]
+__all__ = ["Composer", "Pairs", "Step", "StepCounts", "Term", "norms", "tap"]

@@ -33,14 +33,18 @@ def long_range(tokens: Tensor, answer_mask: Tensor) -> Tensor:
 
 
 def info_nce(
-    query: Tensor, positive: Tensor, negatives: Tensor, pair_key: Tensor, tau: float, group: dist.ProcessGroup | None
-) -> Tensor:
+    query: Tensor, positive: Tensor, negatives: Tensor, pair_key: Tensor, tau: float,
+    group: dist.ProcessGroup | None = None, margin: float | None = None,
+) -> Tensor:  # fmt: skip
     """Sum over rows of InfoNCE (van den Oord et al., arXiv 1807.03748; in-batch negatives: DPR, arXiv 2004.04906).
 
     query, positive [rows, hidden], negatives [rows, H, hidden], all L2-normalised; pair_key [rows]. A row's negatives
     are its own H hard ones and the positives of every row of this micro-batch on all ranks of `group`, gathered with
-    gradient; those with the row's own key are masked. Ranks must hold equally many rows. The loss is additive over
-    ranks. It is NOT additive over accumulation: a split micro-batch has fewer negatives, hence another loss.
+    gradient; those with the row's own key are masked, and with a `margin` all that score above positive - margin
+    (NV-Retriever, arXiv 2407.15831, sec. 3: there a teacher scores; an encoder that judges itself masks everything
+    while its embeddings are still alike). Ranks must hold equally many rows. Each row is in
+    [0, log(1 + negatives) + 2 / tau]. The loss is additive over ranks. It is NOT additive over accumulation: a split
+    micro-batch has fewer negatives, hence another loss.
     """
     documents, keys, first = positive, pair_key, 0
     if dist.is_initialized() and dist.get_world_size(group) > 1:
@@ -54,6 +58,10 @@ def info_nce(
     same[torch.arange(len(query)), target] = False
     hard = torch.einsum("rd,rhd->rh", query, negatives) / tau
     scores = torch.cat((scores.masked_fill(same, -torch.inf), hard), 1)
+    if margin is not None:
+        own = scores.detach().gather(1, target[:, None])
+        false = (scores.detach() > own - margin / tau).scatter(1, target[:, None], False)
+        scores = scores.masked_fill(false, -torch.inf)
     # -log [ e^(q.d+/tau) / ( sum_j e^(q.d_j/tau) + sum_h e^(q.n_h/tau) ) ]
     return F.cross_entropy(scores, target, reduction="sum")
 
@@ -67,7 +75,8 @@ def balance_divergence(usage: Tensor) -> Tensor:
 
 
 def load_balance(gate: Tensor, usage: Tensor) -> Tensor:
-    """Sum over positions of one layer's balance penalty. gate [positions, experts] softmax, usage [experts] detached.
+    """Sum over positions of one layer's balance penalty. gate [positions, experts] probabilities, usage [experts]
+    detached; each position's is at most log E.
 
     The gradient is that of KL(u || uniform) through u (constant terms drop out since gates sum to 1): one
     mirror-descent step on the usage (Beck & Teboulle 2003). Counts of the whole step as in arXiv 2501.11873. With u
@@ -79,7 +88,15 @@ def load_balance(gate: Tensor, usage: Tensor) -> Tensor:
 
 
 def gate_entropy(gate: Tensor, target: float) -> Tensor:
-    """Sum over positions of the squared distance of one layer's normalised gate entropy to `target` in [0, 1]."""
+    """Sum over positions of the squared distance of one layer's normalised gate entropy to `target`, both in [0, 1]."""
     # h(x) = -sum_e p_e log p_e / log E ;  sum_x (h(x) - h*)^2
     entropy = torch.special.entr(gate.clamp_min(1e-9)).sum(-1) / math.log(gate.shape[-1])
     return (entropy - target).square().sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Sum over positions of one layer's squared log-partition, logits [positions, experts]; each >= 0. It grows when
+    all logits shift, which a softmax does not see, and keeps them where low precision is fine.
+    """
+    # sum_x (log sum_e e^(l_e(x)))^2   (ST-MoE, arXiv 2202.08906, eq. 5)
+    return logits.float().logsumexp(-1).square().sum()

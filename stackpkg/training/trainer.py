@@ -22,11 +22,11 @@ from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.model.retrieval import embed
-from stackpkg.objectives.composer import Composer, StepCounts
+from stackpkg.objectives import Composer, Pairs, StepCounts, norms, routing
 from stackpkg.params import Params
 from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
-from stackpkg.telemetry.probes import model_statistics, routed, router_statistics
+from stackpkg.telemetry.probes import model_statistics, router_statistics
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import checkpoint
 from stackpkg.training.ema import ShardedEMA, local, reshard
@@ -65,8 +65,7 @@ class StackTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
         self.p, self.stream, self.folder, self.name, self.attempt = p, stream, folder, name, attempt
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.composer = Composer(p.objectives, top_k=getattr(model.config, "num_experts_per_tok", 1))
-        self.moe = routed(model)
+        self.composer = Composer(p.objectives, routing.routers(model))
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = SkipNonFinite(), guard, faults
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
@@ -104,29 +103,22 @@ class StackTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        wants = {"output_router_logits": True} if self.moe else {}
         # With a cache, transformers 5.23 would take the packed documents of a row for one.
         packed = {"position_ids": inputs["position_ids"], "use_cache": False}
-        outputs = model(input_ids=inputs["input_ids"], **packed, **wants)
-        query = positive = negatives = None
+        with routing.record(self.network) as routed:
+            outputs = model(input_ids=inputs["input_ids"], **packed)
+        pairs = None
         if self.p.objectives.contrastive and int(inputs["pair_key"][0]) >= 0:  # -1: a stage without retrieval
-            pairs = [inputs["query_ids"], inputs["positive_ids"], inputs["negative_ids"].flatten(0, 1)]
-            query, positive, negatives = self._embed(model, pairs)
-            negatives = negatives.view(len(query), -1, negatives.shape[-1])
-        router_logits = outputs.get("router_logits")
-        total, raw = self.composer.losses(
-            logits=outputs.logits,
-            labels=inputs["labels"],
-            answer_mask=inputs["answer_mask"],
-            router_logits=router_logits,
-            query=query,
-            positive=positive,
-            negatives=negatives,
-            pair_key=inputs["pair_key"],
-            counts=self.counts,
+            texts = [inputs["query_ids"], inputs["positive_ids"], inputs["negative_ids"].flatten(0, 1)]
+            query, positive, negatives = self._embed(model, texts)
+            pairs = Pairs(query, positive, negatives.view(len(query), -1, query.shape[-1]), inputs["pair_key"])
+        total, *kinds = self.composer.losses(
+            outputs.logits, inputs["labels"], inputs["answer_mask"], routed, pairs, self.counts
         )
-        self._raw.append({f"loss_{name}": value for name, value in raw.items()})
-        self._routing = router_statistics(router_logits) if router_logits else {}
+        told = zip(("loss", "weighted", "square"), kinds, strict=True)
+        self._raw.append({f"{kind}_{name}": value for kind, values in told for name, value in values.items()})
+        choice = [layer.logits for layer in routed if layer.logits.shape[-1] > 1]
+        self._routing = router_statistics(tuple(choice)) if choice else {}
         return (total, outputs) if return_outputs else total
 
     def _embed(self, model: nn.Module, parts: list[Tensor]) -> tuple[Tensor, ...]:
@@ -169,6 +161,9 @@ class StackTrainer(Trainer):
         dist.all_reduce(sums)
         *terms, loss = sums.tolist()
         series = dict(zip(names, terms, strict=True)) | {name: float(value) for name, value in self._routing.items()}
+        squares = {name: series.pop(name) for name in names if name.startswith("square_")}
+        found = norms({name.removeprefix("square_"): value for name, value in squares.items()})
+        series |= {f"gradient_{name}": value for name, value in found.items()}
         self._raw.clear()
         updates = step - self.skips.total
         if step == 1 or step % self.p.training.epoch_steps == 0:
