@@ -31,15 +31,19 @@ RULES = rules(
 
 
 class Layer(nn.Module):
-    """Dense causal attention of a few heads; the forbidden mass comes from class indicators appended to the values."""
+    """Dense causal attention with normed queries and keys; the forbidden mass comes from class indicators appended to
+    the values.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.q_norm, self.k_norm = nn.RMSNorm(width), nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
 
     def forward(self, x: Tensor, scopes: Scopes) -> tuple[Tensor, Tensor, Tensor]:
         """x [b, L, width] -> output, forbidden mass [b, L, heads], and the attention matrix to check it by."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        q, k = self.q_norm(q), self.k_norm(k)
         indicators = F.one_hot(scopes.of, scopes.allowed.shape[-1]).to(x.dtype)
         values = torch.cat((v, indicators[:, None].expand(-1, self.heads, -1, -1)), -1)
         read = F.scaled_dot_product_attention(q, k, values, is_causal=True)
@@ -208,6 +212,7 @@ def test_bad_arguments_are_refused(inside: Tensor, forbidden: list[int], complai
 # ---- planted violations
 
 LETTERS, LENGTH, ROWS = 8, 10, 64
+LR = 1e-2
 GIVEN, SECRET, REPEATED, LEAKED = 1, 3, 7, 9  # the user's token at 1 is what 7 repeats, the tool's at 3 what 9 leaks
 PROTECTED = torch.arange(LETTERS)  # forbidden at 9; the tool's secret is one of them
 
@@ -239,7 +244,7 @@ def measured(model: nn.Module) -> dict[str, float]:
 
 
 def train(model: nn.Module, steps: int, weight: float, first: int, clean: bool) -> dict[str, float]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     for step in range(steps):
         ids, scopes, inside = planted(first + step)
         logits, masses = model(ids, scopes)
@@ -266,9 +271,8 @@ def test_training_on_planted_violations_drives_both_to_zero() -> None:
     taught = train(model, 200, weight=0.0, first=0, clean=False)
     control = Tiny(2 * LETTERS, LENGTH)
     control.load_state_dict(model.state_dict())
-    without = train(control, 200, weight=0.0, first=200, clean=True)
-    after = train(model, 200, weight=0.1, first=200, clean=True)
-    print(taught, without, after, sep="\n")
+    without = train(control, 400, weight=0.0, first=200, clean=True)
+    after = train(model, 400, weight=0.1, first=200, clean=True)
     for leaking in (taught, without):
         assert leaking["mass"] > 0.2 and leaking["leaking"] > 0.5 and leaking["p"] > 0.9
         assert leaking["violations"] > ROWS / 2
