@@ -275,7 +275,7 @@ def test_training_on_planted_violations_drives_both_to_zero() -> None:
     after = train(model, 400, weight=0.1, first=200, clean=True)
     for leaking in (taught, without):
         assert leaking["mass"] > 0.2 and leaking["leaking"] > 0.5 and leaking["p"] > 0.9
-        assert leaking["violations"] > ROWS / 2
+        assert leaking["violations"] > ROWS / 4
     assert after["mass"] < 0.01 and after["leaking"] < 0.01 and after["p"] < 0.01 and after["violations"] == 0
     assert taught["accuracy"] > 0.95 and after["accuracy"] > 0.95
 

@@ -75,7 +75,7 @@ class Index:
         self.dimension, self._next, self._trained = dimension, 0, 0
         self._records: dict[int, Record] = {}
         self._ids: dict[str, int] = {}
-        self._index = faiss.index_factory(dimension, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
+        self._index: Any = faiss.index_factory(dimension, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -120,7 +120,7 @@ class Index:
         ids, rows = self._stored()
         lists = max(8, int(len(rows) ** 0.5))
         self._index = faiss.index_factory(self.dimension, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        self._index.set_direct_map_type(faiss.DirectMap.Hashtable)
+        self._index.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]  # not in its stubs
         self._index.nprobe, self._trained = lists // 8, len(rows)
         self._index.train(rows)
         self._index.add_with_ids(rows, ids)
