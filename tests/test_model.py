@@ -1,4 +1,4 @@
-"""The reference model: parity with a definition, exact causality, guards, codec, the contract with transformers."""
+"""The reference model: parity with a definition, exact causality, the contract with transformers."""
 
 import math
 import os
@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from stackpkg import params
-from stackpkg.model import StackConfig, StackForCausalLM, attention, attention_statistics, build, kv_codec
-from stackpkg.model.retrieval import Record, embed, guard, search
+from stackpkg.model import StackConfig, StackForCausalLM, attention, attention_statistics, build
+from stackpkg.model.retrieval import embed
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -269,62 +269,6 @@ def test_a_leaking_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_models_have_no_statistics() -> None:
     assert attention_statistics(build(QWEN, 64, 0, 1), tokens(1, 8)) == {}
-
-
-# ---- codec
-
-
-@settings(max_examples=30, deadline=None)
-@given(exponent=st.integers(-4, 3), length=st.integers(1, 70), seed=st.integers(0, 99))
-def test_codec_keeps_norms_at_every_scale(exponent: int, length: int, seed: int) -> None:
-    cache = torch.randn(2, length, 2, 64, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
-    encoded = kv_codec.encode(cache, keep=16)
-    back = kv_codec.decode(encoded)
-    assert back.shape == cache.shape
-    error = (back.norm(dim=-1) - cache.norm(dim=-1)).abs() / cache.norm(dim=-1)
-    assert error.max() <= 1e-3
-    assert (back - cache).norm() / cache.norm() < 0.01
-
-
-def test_codec_versions_and_honest_ratio() -> None:
-    cache = torch.randn(1, 100, 2, 24) * 1e-4
-    errors = [(kv_codec.decode(kv_codec.encode(cache, 10, v)) - cache)[:, :90].norm().item() for v in (1, 2)]
-    assert errors[1] < errors[0] < cache.norm(), "both decode; version 1 suffers from subnormal scales"
-    with pytest.raises(ValueError, match="version 3"):
-        kv_codec.decode(kv_codec.encode(cache, 10)._replace(version=3))
-    # 90 tokens x 48 numbers = 67.5 blocks -> 68 x (64 + 2) bytes; 10 x 48 x 2 bytes kept; 9,600 bytes in fp16
-    assert kv_codec.measure(cache, cache, 10)["kv_ratio"] == pytest.approx((135 * 66 / 2 + 960) / 9600, rel=1e-6)
-
-
-# ---- retrieval
-
-
-def test_guard_counts_each_rejection_once() -> None:
-    now = 1e9
-    good = Record("good", "docs", now - 604_800, 0.6)
-    cases = {
-        "similarity": (Record("a", "docs", now, 1.0), 0.4499),
-        "age": (Record("b", "docs", now - 604_801, 1.0), 0.9),
-        "source": (Record("c", "elsewhere", now, 1.0), 0.9),
-        "trust": (Record("d", "docs", now, 0.59), 0.9),
-    }
-    worst = (Record("e", "elsewhere", now + 5, 0.0), 0.0)
-    accepted, rejected = guard([(good, 0.45), *cases.values(), worst], now, {"docs"})
-    assert accepted == [(good, 0.45)]
-    assert rejected == {"similarity": 2, "age": 1, "source": 1, "trust": 1}
-    assert guard([(Record("f", "docs", now + 5, 1.0), 0.9)], now, {"docs"})[1]["age"] == 1, "from the future"
-
-
-def test_search_is_exact() -> None:
-    vectors, query = torch.randn(50, 8), torch.randn(8)
-    records = [Record(str(i), "docs", 0.0, 1.0) for i in range(50)]
-    found = search(vectors, records, query, 5)
-    cosines = [float(v @ query / v.norm() / query.norm()) for v in vectors]
-    best = sorted(range(50), key=lambda i: -cosines[i])[:5]
-    assert [record.name for record, _ in found] == [str(i) for i in best]
-    assert [cosine for _, cosine in found] == pytest.approx([cosines[i] for i in best], abs=1e-5)
-    with pytest.raises(ValueError, match="50 vectors for 3 records"):
-        search(vectors, records[:3], query)
 
 
 # ---- build

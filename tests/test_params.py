@@ -16,7 +16,9 @@ from stackpkg import params, runs
 
 ROOT = Path(__file__).parents[1]
 PROFILES = sorted(
-    path for path in (ROOT / "params").glob("*.yaml") if path.name not in ("checklist.yaml", "alerts.yaml")
+    path
+    for path in (ROOT / "params").glob("*.yaml")
+    if path.name not in ("checklist.yaml", "alerts.yaml", "scopes.yaml")
 )
 SECTIONS = {
     name: field.annotation

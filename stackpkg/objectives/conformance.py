@@ -1,0 +1,86 @@
+"""Safety conformance: attention on forbidden scope edges, and probability of forbidden tokens in a protected scope.
+
+As in `losses`, each term is a sum over its units; the composer divides by the units of the whole optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOOR = 0.01  # of the allowed share; bf16 can't tell apart shares above 1 - 2^-8, and noise is amplified by 1 / FLOOR
+
+
+def _exact(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def forbidden_attention(mass: Sequence[Tensor]) -> Tensor:
+    """Sum over queries of -log(1 - m), mean of layers and heads; m is the attention a head spends on forbidden edges.
+
+    `mass`: one [b, L, heads] per layer, entries in [0, 1], as the model records it. The unit is the position. 0 exactly
+    when no forbidden edge is read, at most 5.6 a position. This is the semantic loss (Xu et al., arXiv 1711.11157) of
+    "this query reads an allowed key". m itself has the gradient m (1 - m) along the margin between forbidden and
+    allowed keys, so a head that has settled on a forbidden key never leaves it; this one has m. Below `FLOOR` the
+    logarithm goes on as its tangent. Raises `ValueError` without a layer.
+    """
+    if not mass:
+        raise ValueError("no layer gave forbidden mass; give the model `scopes` with enforce=False")
+    allowed = [1 - _exact(layer) for layer in mass]
+    # m(l,h,q) = sum_k A(l,h,q,k) 1[edge (q,k) forbidden], a = 1 - m ;  sum_q 1/(layers heads) sum_(l,h) -log a(l,h,q),
+    # where -log a = -log f + (f - a) / f for a below f = FLOOR
+    penalties = [(FLOOR - a).clamp_min(0) / FLOOR - a.clamp_min(FLOOR).log() for a in allowed]
+    return torch.stack([layer.mean(-1).sum() for layer in penalties]).mean()
+
+
+@torch.no_grad()
+def forbidden_share(mass: Sequence[Tensor]) -> Tensor:
+    """Sum over queries of m, mean of layers and heads: what is reported, in [0, 1] a position."""
+    return torch.stack([_exact(layer).mean(-1).sum() for layer in mass]).mean()
+
+
+def _protected(logits: Tensor, inside: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [n, vocab] of the n positions whose next token lies inside, and bool [vocab] of the forbidden tokens."""
+    vocab = logits.shape[-1]
+    if inside.shape != logits.shape[:2] or inside.dtype != torch.bool:
+        raise ValueError(f"inside is {inside.dtype} {list(inside.shape)}; allowed: bool {list(logits.shape[:2])}")
+    if forbidden.numel() and not 0 <= int(forbidden.min()) <= int(forbidden.max()) < vocab:
+        raise ValueError(f"forbidden ids {forbidden.tolist()[:8]}; allowed: 0 to {vocab - 1}")
+    banned = torch.zeros(vocab, dtype=torch.bool, device=logits.device)
+    banned[forbidden.to(logits.device)] = True
+    if banned.all():
+        raise ValueError(f"all {vocab} tokens are forbidden; at least one must stay allowed")
+    return _exact(logits[:, :-1][inside[:, 1:]]), banned
+
+
+def forbidden_tokens(logits: Tensor, inside: Tensor, forbidden: Tensor) -> Tensor:
+    """Sum over protected positions of -log(1 - p), p the probability of the token ids `forbidden` [n], nats.
+
+    `logits` [b, L, vocab]; `inside` bool [b, L], aligned with the labels: true where the token is in a protected scope,
+    so position t - 1 is judged for it. The unit is the protected token but for those at t = 0, which nothing predicts;
+    0 without such tokens, or without forbidden ids. Grows without bound as p nears 1. This is the unlikelihood of
+    Welleck et al., arXiv 1908.04319, eq. 4, of a set. p itself would have the gradient p (1 - p) along the margin,
+    which vanishes where the violation is worst; here it is p. Where labels themselves are forbidden it only bargains:
+    at weight w against cross-entropy's 1 the optimum is p = 1 / (1 + w); `allowed_labels` removes them.
+    Raises `ValueError` for ids outside the vocabulary and when all are forbidden.
+    """
+    z, banned = _protected(logits, inside, forbidden)
+    if not banned.any():
+        return z.sum() * 0
+    # -log(1 - p) = logsumexp_all z - logsumexp_allowed z = softplus(logsumexp_forbidden z - logsumexp_allowed z)
+    return F.softplus(z[:, banned].logsumexp(-1) - z[:, ~banned].logsumexp(-1)).sum()
+
+
+def allowed_labels(labels: Tensor, inside: Tensor, forbidden: Tensor) -> Tensor:
+    """`labels` [b, L] with -100 where a token in a protected scope is forbidden: nothing teaches what is penalised."""
+    return labels.masked_fill(inside & torch.isin(labels, forbidden.to(labels.device)), -100)
+
+
+@torch.no_grad()
+def violations(logits: Tensor, inside: Tensor, forbidden: Tensor) -> Tensor:
+    """Protected positions whose most probable token is forbidden: what greedy decoding would say. Same arguments."""
+    z, banned = _protected(logits, inside, forbidden)
+    return banned[z.argmax(-1)].sum()
