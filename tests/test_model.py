@@ -1,6 +1,5 @@
-"""The reference model: parity with a definition, exact causality, the contract with transformers."""
+"""The reference model: exact causality, the contract with transformers."""
 
-import math
 import os
 
 import pytest
@@ -15,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from stackpkg import params
-from stackpkg.model import StackConfig, StackForCausalLM, attention, attention_statistics, build
+from stackpkg.model import StackConfig, StackForCausalLM, attention_statistics, build
 from stackpkg.model.retrieval import embed
+from stackpkg.model.rotary import rotary
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -30,48 +30,6 @@ def small(seed: int = 3, vocab: int = 64, **changes: object) -> StackForCausalLM
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def dense(layer: attention.SelfAttention, x: torch.Tensor) -> torch.Tensor:
-    """Attention from its definition, one query at a time: a list of visible keys, one softmax."""
-    c, (length, _) = layer.config, x.shape
-    group, step = c.num_attention_heads // c.num_key_value_heads, c.segment
-    cos, sin = attention.rotary(c, torch.arange(length)[None], x.dtype)
-    raw, v = (p(x).view(length, c.num_key_value_heads, c.head_dim) for p in (layer.k_proj, layer.v_proj))
-    q = layer.q_norm(layer.q_proj(x).view(length, c.num_attention_heads, c.head_dim))
-
-    def turned(t: torch.Tensor, position: int) -> torch.Tensor:
-        return attention.rotate(t[None, None], cos[:, position : position + 1], sin[:, position : position + 1])[0, 0]
-
-    out = []
-    for t in range(length):
-        keys = [turned(layer.k_norm(raw[s]), s) for s in range(length) if t - c.sliding_window < s <= t]
-        values = [v[s] for s in range(length) if t - c.sliding_window < s <= t]
-        keys.append(torch.zeros_like(raw[0]))
-        values.append(torch.zeros_like(v[0]))
-        for block in range(c.pooled(length) // c.block_size):
-            if (block + 1) * c.block_size <= t:
-                for first in range(block * c.block_size, (block + 1) * c.block_size, step):
-                    keys.append(turned(layer.k_norm(raw[first : first + step].mean(0)), first + step // 2))
-                    values.append(v[first : first + step].mean(0))
-        k, w = torch.stack(keys).repeat_interleave(group, 1), torch.stack(values).repeat_interleave(group, 1)
-        p = (torch.einsum("hd,khd->hk", turned(q[t], t), k) / math.sqrt(c.head_dim)).softmax(-1)
-        out.append(torch.einsum("hk,khd->hd", p, w).flatten())
-    return layer.o_proj(torch.stack(out))
-
-
-@pytest.mark.parametrize("length", [1, 7, 16, 37, 64])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"sliding_window": 8, "summaries_per_block": 1}, {"summaries_per_block": 0}, {"num_key_value_heads": 4}],
-)
-def test_chunked_attention_equals_the_dense_definition(length: int, changes: dict) -> None:
-    model = small(**changes)
-    layer, x = model.model.layers[0].self_attn, torch.randn(2, length, 32)
-    rotation = attention.rotary(model.config, torch.arange(length)[None], x.dtype)
-    visible = attention.visible_keys(model.config, torch.zeros(2, length, dtype=torch.long))
-    out, _ = layer(x, rotation, visible, False)
-    torch.testing.assert_close(out, torch.stack([dense(layer, row) for row in x]), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
@@ -175,9 +133,7 @@ def test_right_padding_changes_nothing_and_left_padding_is_refused() -> None:
 
 def test_longer_reach_interpolates_the_slowest_frequency_alone() -> None:
     near, far = StackConfig(rope_alpha=1.0), StackConfig(rope_alpha=0.5)
-    angles = [
-        torch.atan2(*attention.rotary(c, torch.tensor([[1]]), torch.float64)[::-1])[0, 0, :64] for c in (near, far)
-    ]
+    angles = [torch.atan2(*rotary(c, torch.tensor([[1]]), torch.float64)[::-1])[0, 0, :64] for c in (near, far)]
     ratio = angles[1] / angles[0]
     assert ratio[0] == pytest.approx(1.0)
     assert ratio[-1] == pytest.approx(0.5, rel=1e-5)
@@ -252,19 +208,6 @@ def test_entropy_is_1_when_attention_is_uniform_and_low_when_sharp() -> None:
     assert found["entropy"][1].max() < 0.2
     assert found["masked_edge_share"].shape == (2, 4) and found["masked_edge_share"].max() == 0
     assert attention_statistics(small(retrieval=True), tokens(1, 5))["entropy"].isfinite().all()
-
-
-def test_a_leaking_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = attention.visible_keys
-
-    def leaky(*arguments: object) -> torch.Tensor:
-        visible = honest(*arguments)
-        visible[0, 0, 3, 16 + 5] = True  # token 3 sees token 5
-        return visible
-
-    monkeypatch.setattr("stackpkg.model.modeling.visible_keys", leaky)
-    share = attention_statistics(small(), tokens(1, 50))["masked_edge_share"]
-    assert (share > 0).all() and (share < 0.05).all()
 
 
 def test_other_models_have_no_statistics() -> None:

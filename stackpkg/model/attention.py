@@ -6,53 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackpkg.model import kv_codec
+from stackpkg.model import kv_codec, linear
 from stackpkg.model.configuration import StackConfig
-
-
-def rotary(config: StackConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [b, L, head_dim] for integer `positions` [b, L] (RoFormer, arXiv 2104.09864)."""
-    d = config.head_dim
-    # NTK-aware extension (YaRN, arXiv 2309.00071, sec. 3.1): theta' = theta * (1/alpha)^(d/(d-2)). The slowest
-    # frequency is interpolated by alpha = trained length / served length, the fastest is left as it is.
-    theta = config.rope_theta * (1 / config.rope_alpha) ** (d / (d - 2))
-    frequencies = theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
-    angles = (positions[..., None].float() * frequencies).repeat(1, 1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [b, L, heads, head_dim] by angles [b, L, head_dim]."""
-    first, second = x.chunk(2, -1)
-    return x * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
-
-
-def documents(positions: Tensor) -> Tensor:
-    """Number of the document each token is in, [b, L], of packed rows: positions restart at 0 with each document."""
-    return (positions == 0).cumsum(-1)
-
-
-def visible_keys(config: StackConfig, document: Tensor) -> Tensor:
-    """Boolean [b * chunks, 1, window, keys]: which keys each query may see, for the `document` [b, L] of each token.
-
-    The keys of a chunk are the previous chunk, the chunk itself, the null slot, then all summaries. A summary is seen
-    if all its tokens are of the query's document. Padding on the right needs no mask: it lies in the future of every
-    real token, and so does the end of a block that holds it.
-    """
-    w, size, (batch, length) = config.sliding_window, config.block_size, document.shape
-    blocks, step = config.pooled(length), config.segment
-    rows = torch.arange(-(-length // w) * w, device=document.device).view(-1, w, 1)
-    keys = torch.arange(2 * w, device=document.device) + rows[:, :1] - w
-    ends = (torch.arange(blocks // size, device=document.device) * size + size).repeat_interleave(size // step)
-    local = (keys >= 0) & (keys <= rows) & (keys > rows - w)
-    chunk = F.pad(document, (0, len(rows) * w - length), value=-1).view(batch, -1, w)
-    near = torch.cat((F.pad(chunk, (0, 0, 1, 0))[:, :-1], chunk), -1)
-    first, last = document[:, :blocks:step], document[:, step - 1 : blocks : step]
-    far = torch.where(first == last, first, -2)[:, None, None]
-    local = local & (near[:, :, None] == chunk[..., None])
-    summaries = (ends <= rows) & (far == chunk[..., None])
-    seen = torch.cat((local, local.new_ones(*local.shape[:3], 1), summaries), -1)
-    return seen.flatten(0, 1)[:, None]
+from stackpkg.model.patterns import Layout
+from stackpkg.model.rotary import rotate
+from stackpkg.model.scopes import Scopes
+from stackpkg.model.statistics import linear_statistics, statistics
+from stackpkg.model.summaries import pool
 
 
 class Projections(nn.Module):
@@ -77,34 +37,89 @@ class Projections(nn.Module):
 
 
 class SelfAttention(Projections):
-    """Tiers A and B under one softmax: window keys, a null slot (zero key, zero value) and block summaries."""
+    """Tiers A and B under one softmax: near keys, a null slot (zero key, zero value) and block summaries; past
+    `linear_from` tokens linear attention over all of the document instead.
+    """
+
+    features: Tensor
+
+    def __init__(self, config: StackConfig, layer: int) -> None:
+        super().__init__(config)
+        self.pattern, self.layer = config.pattern(layer), layer
+        if config.summary_pooling == "attention":
+            self.pool = nn.Linear(config.head_dim, 1, bias=False)
+        if config.feature_map == "favor":
+            self.register_buffer("features", self.draw(), persistent=False)
+
+    def draw(self) -> Tensor:
+        """The random features [4 * head_dim, head_dim] of this layer."""
+        return linear.draw(4 * self.config.head_dim, self.config.head_dim, self.layer)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, measure: bool
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """x [b, L, hidden] -> output of the same shape, and `statistics` if `measure`."""
-        length, chunks, w = x.shape[1], len(visible) // len(x), visible.shape[2]
-        blocks, step = self.config.pooled(length), self.config.segment
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        document: Tensor,
+        layouts: dict[str, Layout] | None,
+        scopes: Scopes | None = None,
+        measure: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor] | None, Tensor | None]:
+        """x [b, L, hidden] -> output of the same shape, `statistics` if `measure`, and, with `scopes`, the probability
+        [b, L, heads] on edges that they forbid. `layouts` by pattern; None asks for linear attention.
+        """
         q, raw, v = self.project(x, x)
         q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(raw), *rotation)
-        # A summary key is the normalised mean of raw keys, rotated to the middle of its segment.
-        middle = [angle[:, step // 2 : blocks : step] for angle in rotation]
-        far_k, far_v = (t[:, :blocks].unflatten(1, (-1, step)).mean(2) for t in (raw, v))
-        far_k = rotate(self.k_norm(far_k), *middle)
+        if layouts is None:
+            out, mass, found = self.linearised(q, k, v, document, scopes, measure)
+        else:
+            out, mass, found = self.windowed(q, k, raw, v, layouts[self.pattern], measure)
+        return self.o_proj(out.flatten(2)), found, mass
 
-        def chunked(t: Tensor) -> Tensor:
-            return F.pad(t, (0, 0, 0, 0, 0, chunks * w - length)).unflatten(1, (chunks, w))
+    def windowed(
+        self, q: Tensor, k: Tensor, raw: Tensor, v: Tensor, layout: Layout, measure: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor] | None]:
+        cut, levels, (batch, length, _, d) = layout.cut, layout.pyramid, q.shape
+        scores = raw.new_zeros(batch, length, 1) if self.config.summary_pooling == "mean" else None
+        if self.config.summary_pooling == "attention":
+            scores = self.pool(self.k_norm(raw))[..., 0]
+        # A summary key is the normalised pool of raw keys, rotated to the middle of its tokens.
+        far_k, far_v = (
+            rotate(self.k_norm(pool(raw, scores, levels.mates)), *layout.rotation),
+            pool(v, scores, levels.mates),
+        )
+        queries = cut.split(q).flatten(0, 2).transpose(1, 2)
+        keys, values = cut.keys(k, far_k, levels.chosen), cut.keys(v, far_v, levels.chosen)
+        found = statistics(self.config, self.pattern, queries, keys, layout, k, v) if measure else None
+        mass = None
+        if layout.classes is not None and layout.forbidden is not None:
+            classes = layout.forbidden.shape[-1]
+            values = torch.cat((values, layout.classes.expand(-1, values.shape[1], -1, -1)), -1)
+            queries, keys = F.pad(queries, (0, classes)), F.pad(keys, (0, classes))
+        out = F.scaled_dot_product_attention(queries, keys, values, layout.mask, scale=d**-0.5, enable_gqa=True)
+        out = cut.join(out, batch, length)
+        if layout.forbidden is not None:
+            out, mass = out[..., :d].contiguous(), (out[..., d:] * layout.forbidden).sum(-1)
+        return out, mass, found
 
-        def keys(near: Tensor, far: Tensor) -> Tensor:
-            near, far = chunked(near), F.pad(far, (0, 0, 0, 0, 1, 0))[:, None].expand(-1, chunks, -1, -1, -1)
-            previous = torch.cat((torch.zeros_like(near[:, :1]), near[:, :-1]), 1)
-            return torch.cat((previous, near, far), 2).flatten(0, 1).transpose(1, 2)
-
-        queries, near = chunked(q).flatten(0, 1).transpose(1, 2), keys(k, far_k)  # [b * chunks, heads, ., head_dim]
-        out = F.scaled_dot_product_attention(queries, near, keys(v, far_v), visible, enable_gqa=True)
-        out = out.transpose(1, 2).reshape(len(x), chunks * w, -1)[:, :length].contiguous()  # DTensor needs it
-        found = statistics(self.config, queries, near, visible, k, v) if measure else None
-        return self.o_proj(out), found
+    def linearised(
+        self, q: Tensor, k: Tensor, v: Tensor, document: Tensor, scopes: Scopes | None, measure: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor] | None]:
+        codec = kv_codec.measure(k, v, keep=self.config.sliding_window) if measure else {}
+        dtype, (q, k, v) = v.dtype, (t.float() for t in (q, k, v))
+        if self.config.feature_map == "elu":
+            q, k = linear.elu(q), linear.elu(k)
+        else:
+            q, k = linear.favor(q, self.features, True), linear.favor(k, self.features, False)
+        found = {**linear_statistics(q, k, document), **codec} if measure else None
+        if scopes is None:
+            return linear.attend(q, k, v, document).to(dtype), None, found
+        which, d = F.one_hot(scopes.of, scopes.allowed.shape[-1]).to(v.dtype)[:, :, None], v.shape[-1]
+        if scopes.enforce:  # (phi(q) x allowed) (phi(k) x which) = phi(q) phi(k), or 0 where forbidden
+            k = (k[..., None] * which[..., None, :]).flatten(-2)
+            q = (q[..., None] * scopes.allowed[:, :, None, None]).flatten(-2)
+        v = torch.cat((v, which.expand(*v.shape[:3], -1)), -1)
+        out = linear.attend(q, k, v, document).to(dtype)
+        return out[..., :d].contiguous(), (out[..., d:] * ~scopes.allowed[:, :, None]).sum(-1), found
 
 
 class CrossAttention(Projections):
@@ -116,34 +131,3 @@ class CrossAttention(Projections):
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2).contiguous())
-
-
-@torch.no_grad()
-def statistics(
-    config: StackConfig, queries: Tensor, keys: Tensor, mask: Tensor, k: Tensor, v: Tensor
-) -> dict[str, Tensor]:
-    """What a layer's attention does, from its chunked queries, keys and mask and the plain k and v [b, L, heads, d].
-
-    Per head: `entropy`, mean of H / log(visible keys) over rows that see more than one key (the null slot counts),
-    and `masked_edge_share`, probability on keys that causality or the window forbid. Then the KV codec's round trip.
-    The probabilities are those of the kernel itself, read by giving it the identity as values; the forbidden edges
-    are derived from token positions, not from the mask.
-    """
-    w, size, count, width = config.sliding_window, config.block_size, keys.shape[2], queries.shape[-1]
-    identity = F.pad(torch.eye(count, dtype=keys.dtype, device=keys.device), (0, -count % width))
-    parts = [part.expand(*keys.shape[:2], -1, -1) for part in identity.split(width, 1)]
-    read = [F.scaled_dot_product_attention(queries, keys, part, mask, enable_gqa=True) for part in parts]
-    p = torch.cat(read, -1)[..., :count].float().unflatten(0, (len(k), -1))  # [b, chunks, heads, window, keys]
-
-    token = torch.arange(p.shape[1] * w, device=p.device).view(-1, 1, w, 1)
-    near = torch.arange(2 * w, device=p.device) + token[:, :, :1] - w
-    far = torch.arange(count - 2 * w - 1, device=p.device) * config.segment // size * size + size - 1
-    last = torch.cat((near, near[..., :1] * 0 - 1, far.expand(*near.shape[:3], -1)), -1)  # last token of a key; null -1
-    forbidden = last > token
-    forbidden[..., : 2 * w] |= (token - near >= w) | (near < 0)
-    seen = mask.view(len(k), -1, 1, w, count).sum(-1)
-    rows = (token[..., 0] < k.shape[1]) & (seen > 1)  # [b, chunks, 1, window]
-    # H / log n, with H = -sum_j p_j log p_j over the n visible keys
-    entropy = torch.special.entr(p).sum(-1) / seen.clamp_min(2).log()
-    mean = [(value * rows).sum((0, 1, 3)) / rows.sum() for value in (entropy, (p * forbidden).sum(-1))]
-    return {"entropy": mean[0], "masked_edge_share": mean[1], **kv_codec.measure(k, v, keep=w)}

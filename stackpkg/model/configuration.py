@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -22,6 +22,7 @@ class StackConfig(PreTrainedConfig):
         **{f"layers.*.{tier}_attn.o_proj": "rowwise" for tier in ("self", "cross")},
         **{f"layers.*.{tier}_norm": "replicated_with_grad_allreduce"
            for tier in ("self_attn.q", "self_attn.k", "cross_attn.q", "cross_attn.k")},
+        "layers.*.self_attn.pool": "replicated_with_grad_allreduce",
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
@@ -41,9 +42,15 @@ class StackConfig(PreTrainedConfig):
     num_experts: int = 64
     num_experts_per_tok: int = 2
     gate_temperature: float = 1.0  # router logits are divided by it
+    attention_pattern: Literal["sliding", "dilated", "block", "hybrid"] = "sliding"  # `pattern` says what each sees
     sliding_window: int = 512  # tokens a query sees exactly, itself included; also the chunk of the KV codec
+    dilation: int = 4  # dilated: the distance between the tokens seen
     block_size: int = 128  # tokens pooled together once the block is finished
     summaries_per_block: int = 2  # 0: no summaries, the window is all a layer sees
+    summary_pooling: Literal["mean", "max", "attention"] = "mean"
+    summaries_per_level: int = 64  # nearest summaries that are seen as they are; further back, coarser ones
+    linear_from: int = 65536  # longer rows: attention by `feature_map`, without a window or summaries
+    feature_map: Literal["elu", "favor"] = "elu"
     rope_theta: float = 1e6
     rope_alpha: float = 0.75  # trained length / served length; below 1 extends the context
     retrieval: bool = False  # cross-attention over `memory` on odd layers
@@ -59,14 +66,26 @@ class StackConfig(PreTrainedConfig):
             self.num_attention_heads % self.num_key_value_heads
             or self.summaries_per_block < 0
             or self.block_size % max(1, self.summaries_per_block)
-            or self.block_size > self.sliding_window  # an unfinished block would be out of sight
+            or self.block_size > self.sliding_window // (1 + (self.attention_pattern == "block"))  # else out of sight
+            or (self.attention_pattern == "block" and self.sliding_window % 2)
+            or min(self.dilation, self.summaries_per_level) < 1
             or not 1 <= self.num_experts_per_tok <= self.num_experts
             or not 0 < self.rope_alpha <= 1
         ):
             raise ValueError(
                 "num_attention_heads must be a multiple of num_key_value_heads, block_size of summaries_per_block and "
-                f"at most sliding_window, num_experts_per_tok in 1..num_experts, rope_alpha in (0, 1]; given {self}"
+                "at most sliding_window (half of it, which must be even, for the pattern block), dilation and "
+                "summaries_per_level positive, "
+                f"num_experts_per_tok in 1..num_experts, rope_alpha in (0, 1]; given {self}"
             )
+
+    def pattern(self, layer: int) -> str:
+        """What the queries of a layer see exactly, of their own document, with w = `sliding_window`: `sliding` the last
+        w tokens; `dilated` the last w of every `dilation`-th token, counted from the query; `block` its own and the
+        previous block, of w/2 tokens each. `hybrid` is sliding on even layers and dilated on odd ones: interleaved
+        residual blocks, as in the Sparse Transformer (arXiv 1904.10509, sec. 5.1). All of it never reads over w tokens.
+        """
+        return ("sliding", "dilated")[layer % 2] if self.attention_pattern == "hybrid" else self.attention_pattern
 
     @property
     def segment(self) -> int:

@@ -13,16 +13,22 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from stackpkg import params
-from stackpkg.model.attention import CrossAttention, SelfAttention, documents, rotary, visible_keys
+from stackpkg.model.attention import CrossAttention, SelfAttention
 from stackpkg.model.configuration import StackConfig, checked
 from stackpkg.model.experts import Experts, MixtureOfExperts, Router
+from stackpkg.model.patterns import documents, layout
+from stackpkg.model.rotary import rotary
+from stackpkg.model.scopes import Scopes
 
 
 @dataclass
 class StackOutput(MoeCausalLMOutputWithPast):
-    """The usual output, plus one dictionary of attention statistics a layer when they were asked for."""
+    """The usual output, plus, when asked for, a dictionary of attention statistics of each layer, and the probability
+    [b, L, heads] that each layer puts on edges its scopes forbid.
+    """
 
     attention_statistics: tuple[dict[str, Tensor], ...] | None = None
+    forbidden_mass: tuple[Tensor, ...] | None = None
 
 
 class StackLayer(GradientCheckpointingLayer):
@@ -32,7 +38,7 @@ class StackLayer(GradientCheckpointingLayer):
         super().__init__()
         norm = (config.hidden_size, config.rms_norm_eps)
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(*norm), nn.RMSNorm(*norm)
-        self.self_attn, self.mlp = SelfAttention(config), MixtureOfExperts(config)
+        self.self_attn, self.mlp = SelfAttention(config, index), MixtureOfExperts(config)
         self.reads_memory = config.retrieval and index % 2 == 1
         if self.reads_memory:
             self.cross_norm, self.cross_attn = nn.RMSNorm(*norm), CrossAttention(config)
@@ -55,6 +61,7 @@ class StackPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": StackLayer,
         "attention_statistics": OutputRecorder(SelfAttention, index=1),
+        "forbidden_mass": OutputRecorder(SelfAttention, index=2),
     }
 
     @torch.no_grad()
@@ -65,6 +72,8 @@ class StackPreTrainedModel(PreTrainedModel):
                 init.normal_(weight, 0.0, self.config.initializer_range)
             for bias in module.buffers():
                 init.zeros_(bias)
+        if isinstance(module, SelfAttention) and self.config.feature_map == "favor":
+            init.copy_(module.features, module.draw())
 
 
 class StackModel(StackPreTrainedModel):
@@ -80,11 +89,12 @@ class StackModel(StackPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, memory: Tensor | None = None,
-        output_attention_statistics: bool = False, **_: Any,
+        scopes: Scopes | None = None, output_attention_statistics: bool = False, **_: Any,
     ) -> MoeModelOutputWithPast:  # fmt: skip
         """`input_ids` [b, L] or `inputs_embeds` [b, L, hidden]; `memory` [b, n, hidden]. No cache: every call computes
         all positions. `attention_mask` [b, L] is only checked: what is padded on the right is never seen by the rest.
         `position_ids` [b, L] that restart at 0 separate packed documents: none sees another, as in transformers.
+        `scopes` are enforced, or only measured, as they say; `output_forbidden_mass=True` returns what was measured.
         """
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("this model needs padding on the right; set tokenizer.padding_side = 'right'")
@@ -92,12 +102,13 @@ class StackModel(StackPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
         position_ids = position_ids.expand(x.shape[:2])
-        rotation, visible = (
-            rotary(self.config, position_ids, x.dtype),
-            visible_keys(self.config, documents(position_ids)),
-        )
+        layouts = None
+        if x.shape[1] <= self.config.linear_from:
+            patterns = {self.config.pattern(index) for index in range(len(self.layers))}
+            layouts = {name: layout(self.config, name, position_ids, x.dtype, scopes) for name in patterns}
+        shared = {"rotation": rotary(self.config, position_ids, x.dtype), "document": documents(position_ids)}
         for layer in self.layers:
-            x = layer(x, memory, rotation=rotation, visible=visible, measure=output_attention_statistics)
+            x = layer(x, memory, layouts=layouts, scopes=scopes, measure=output_attention_statistics, **shared)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x))
 
 
