@@ -56,13 +56,14 @@ def linear_statistics(q: Tensor, k: Tensor, document: Tensor) -> dict[str, Tenso
 
     `masked_edge_share` is read from the kernel, by values that are 1 after each of these queries.
     """
-    length, group = k.shape[1], q.shape[2] // k.shape[2]
+    length = k.shape[1]
     rows = torch.linspace(min(1, length - 1), length - 1, SAMPLED, device=k.device).long()
     token = torch.arange(length, device=k.device)
     seen = (token <= rows[:, None]) & (document[:, rows, None] == document[:, None])
     later = (token[:, None] > rows).to(k.dtype)[None, :, None].expand(len(k), -1, k.shape[2], -1)
     share = linear.attend(q, k, later, document)[:, rows].diagonal(dim1=1, dim2=3)  # [b, heads, SAMPLED]
-    p = torch.einsum("brhm,bkhm->bhrk", q[:, rows], k.repeat_interleave(group, 2)) * seen[:, None]
+    grouped = q[:, rows].unflatten(2, (k.shape[2], -1))
+    p = torch.einsum("brhgm,bkhm->bhgrk", grouped, k).flatten(1, 2) * seen[:, None]
     p = p / p.sum(-1, keepdim=True).clamp_min(1e-6)
     count = seen.sum(-1)[:, None]
     entropy = torch.special.entr(p).sum(-1) / count.clamp_min(2).log()
