@@ -15,7 +15,7 @@ from transformers.distributed import DistributedConfig
 
 from stackpkg import params
 from stackpkg.model import StackConfig, StackForCausalLM, attention_statistics, build
-from stackpkg.model.retrieval import embed
+from stackpkg.model.embedding import embed
 from stackpkg.model.rotary import rotary
 
 SMALL = {

@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 
 from stackpkg import params
 from stackpkg.model import build
-from stackpkg.model.retrieval import embed
+from stackpkg.model.embedding import embed
 from stackpkg.objectives import Composer, Pairs, StepCounts, Term, losses, preference, routing
 
 Parts = dict[str, torch.Tensor]

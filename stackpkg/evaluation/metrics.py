@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stackpkg.data.stream import Batch, Stream
 from stackpkg.evaluation.ranking import ranking
-from stackpkg.model.retrieval import embed
+from stackpkg.model.embedding import embed
 from stackpkg.params import Params
 from stackpkg.telemetry.probes import normalised_entropy, routed
 

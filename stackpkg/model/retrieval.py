@@ -1,4 +1,4 @@
-"""Embeddings from hidden states, a vector index, the guard every retrieved record must pass, and its calibration."""
+"""A vector index, the guard every retrieved record must pass, and its calibration."""
 
 from __future__ import annotations
 
@@ -12,23 +12,11 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackpkg import runs
 
 EXACT = 100_000  # records searched exactly: 1.4 ms a query of 64 numbers on one core; above, by inverted lists
-
-
-def embed(model: nn.Module, ids: Tensor, pad_id: int) -> Tensor:
-    """Mean of the last hidden states over the tokens that are not padding, L2-normalised.
-
-    `ids` [n, L], padded on the right -> float32 [n, hidden]. One call of the model, so it works under FSDP and for
-    any causal language model of transformers. In training call it after the language-model forward, not before: with
-    FSDP2 of torch 2.13 the backward crashes when the first of two forwards leaves its logits unused.
-    """
-    mask = ids != pad_id
-    out = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, logits_to_keep=1)
-    return F.normalize((out.hidden_states[-1].float() * mask[..., None]).sum(1), dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)

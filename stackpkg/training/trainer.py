@@ -21,14 +21,13 @@ from stackpkg.data.provenance import withdrawals_due
 from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
-from stackpkg.model.retrieval import embed
-from stackpkg.objectives import Composer, Pairs, StepCounts, norms, routing
+from stackpkg.objectives import Composer, StepCounts, norms, routing
 from stackpkg.params import Params
 from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics, router_statistics
 from stackpkg.telemetry.rows import RowWriter
-from stackpkg.training import checkpoint
+from stackpkg.training import checkpoint, riders
 from stackpkg.training.ema import ShardedEMA, local, reshard
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.optim import effective_beta
@@ -92,10 +91,11 @@ class StackTrainer(Trainer):
         answers = sum((batch["answer_mask"][:, 1:] & (batch["labels"][:, 1:] >= 0)).sum() for batch in batch_samples)
         tokens = sum((batch["labels"][:, 1:] >= 0).sum() for batch in batch_samples)
         rows = sum(len(batch["labels"]) for batch in batch_samples)
-        counts = torch.stack([torch.as_tensor(n, device=device) for n in (tokens, answers, rows)])
+        preferred = sum((batch["preference_key"] >= 0).sum() for batch in batch_samples if "preference_key" in batch)
+        counts = torch.stack([torch.as_tensor(n, device=device) for n in (tokens, answers, rows, preferred)])
         dist.all_reduce(counts)
-        tokens, answers, rows = counts.tolist()
-        self.counts = StepCounts(tokens, answers, rows, self.ranks)
+        tokens, answers, rows, preferred = counts.tolist()
+        self.counts = StepCounts(tokens, answers, rows, self.ranks, preferred)
         self._sequence = batch_samples[0]["labels"].shape[1]
         return counts[0]
 
@@ -107,26 +107,17 @@ class StackTrainer(Trainer):
         packed = {"position_ids": inputs["position_ids"], "use_cache": False}
         with routing.record(self.network) as routed:
             outputs = model(input_ids=inputs["input_ids"], **packed)
-        pairs = None
-        if self.p.objectives.contrastive and int(inputs["pair_key"][0]) >= 0:  # -1: a stage without retrieval
-            texts = [inputs["query_ids"], inputs["positive_ids"], inputs["negative_ids"].flatten(0, 1)]
-            query, positive, negatives = self._embed(model, texts)
-            pairs = Pairs(query, positive, negatives.view(len(query), -1, query.shape[-1]), inputs["pair_key"])
-        total, *kinds = self.composer.losses(
-            outputs.logits, inputs["labels"], inputs["answer_mask"], routed, pairs, self.counts
-        )
+        o, pad = self.p.objectives, self.stream.pad_id
+        pairs = riders.pairs(model, inputs, pad) if o.contrastive and riders.carried(inputs, "pair_key") else None
+        rides = o.preference and riders.carried(inputs, "preference_key")
+        preferences = riders.preferences(model, inputs, pad) if rides else None
+        batch = outputs.logits, inputs["labels"], inputs["answer_mask"]
+        total, *kinds = self.composer.losses(*batch, routed, pairs, self.counts, preferences=preferences)
         told = zip(("loss", "weighted", "square"), kinds, strict=True)
         self._raw.append({f"{kind}_{name}": value for kind, values in told for name, value in values.items()})
         choice = [layer.logits for layer in routed if layer.logits.shape[-1] > 1]
         self._routing = router_statistics(tuple(choice)) if choice else {}
         return (total, outputs) if return_outputs else total
-
-    def _embed(self, model: nn.Module, parts: list[Tensor]) -> tuple[Tensor, ...]:
-        """One forward for all texts of the pairs, padded to the longest: every rank calls the model equally often."""
-        width = max(ids.shape[1] for ids in parts)
-        pad = self.stream.pad_id
-        stacked = torch.cat([nn.functional.pad(ids, (0, width - ids.shape[1]), value=pad) for ids in parts])
-        return embed(model, stacked, pad).split([len(ids) for ids in parts])
 
     # ---- update
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
