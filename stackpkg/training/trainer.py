@@ -108,9 +108,10 @@ class StackTrainer(Trainer):
         with routing.record(self.network) as routed:
             outputs = model(input_ids=inputs["input_ids"], **packed)
         o, pad = self.p.objectives, self.stream.pad_id
-        pairs = riders.pairs(model, inputs, pad) if o.contrastive and riders.carried(inputs, "pair_key") else None
         rides = o.preference and riders.carried(inputs, "preference_key")
         preferences = riders.preferences(model, inputs, pad) if rides else None
+        # last: under FSDP2 of torch 2.13 the backward crashes when a forward follows one whose logits are not used
+        pairs = riders.pairs(model, inputs, pad) if o.contrastive and riders.carried(inputs, "pair_key") else None
         batch = outputs.logits, inputs["labels"], inputs["answer_mask"]
         total, *kinds = self.composer.losses(*batch, routed, pairs, self.counts, preferences=preferences)
         told = zip(("loss", "weighted", "square"), kinds, strict=True)
