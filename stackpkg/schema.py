@@ -158,13 +158,18 @@ class Auxiliary(Section):
     long_range_hops: int = Field(
         2, ge=2, le=8, description="records to follow from a question to its answer, in chains"
     )
-    long_range_names: int = Field(64, ge=64, le=128, description="names that long-range tasks draw from")
+    long_range_names: int = Field(64, ge=2, le=128, description="names that long-range tasks draw from")
     long_range_values: int = Field(32, ge=2, le=128, description="answers that long-range tasks draw from")
     retrieval_set: str = Field("", description="folder in BEIR's format, or JSONL of triples, to use besides")
     preference_set: str = Field("", description="JSONL or Parquet in one of TRL's formats, to use besides")
 
     @model_validator(mode="after")
-    def _some_kind(self) -> Auxiliary:
+    def _tasks_can_be_drawn(self) -> Auxiliary:
         if not any(self.long_range_kinds.values()):
             raise ValueError("long_range_kinds gives every kind weight 0: give one a positive weight")
+        if self.long_range_names < self.long_range_records:
+            raise ValueError(
+                f"long_range_records {self.long_range_records} need as many names: raise long_range_names "
+                f"{self.long_range_names}"
+            )
         return self

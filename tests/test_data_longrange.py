@@ -76,7 +76,7 @@ def test_questions_stand_at_the_end_and_the_answer_follows_its_name():
 
 
 def test_distractors_of_a_needle_lie_near_the_question_too():
-    tasks, ids, _ = rows(big(long_range_kinds={"needle": 1}), 64)
+    _, ids, _ = rows(big(long_range_kinds={"needle": 1}), 64)
     near = [(row[-30:-4] == NAMED["<key>"]).sum() for row in ids]
     assert np.mean(near) > 0.5
 
