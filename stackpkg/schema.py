@@ -135,6 +135,7 @@ class Stage(Section):
 
 
 LongRange = Literal["recall", "needle", "variables", "hops"]
+MIX: dict[LongRange, float] = {"recall": 0.4, "needle": 0.2, "variables": 0.2, "hops": 0.2}
 
 
 class Auxiliary(Section):
@@ -149,7 +150,7 @@ class Auxiliary(Section):
     document_tokens: int = Field(64, ge=8, le=4_096, description="tokens of a document")
     long_range_tasks: int = Field(512, ge=8, description="long-range tasks to generate")
     long_range_kinds: dict[LongRange, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=lambda: {"recall": 0.4, "needle": 0.2, "variables": 0.2, "hops": 0.2},
+        default_factory=lambda: dict(MIX),
         description="weight of each kind of long-range task",
     )
     long_range_records: int = Field(

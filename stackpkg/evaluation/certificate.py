@@ -19,7 +19,7 @@ from scipy.special import betaincinv, chdtrc, stdtrit
 from stackpkg.data import longrange, mixing
 from stackpkg.evaluation import control
 from stackpkg.evaluation.control import Rows
-from stackpkg.runs import write_json
+from stackpkg.runs import read_json, write_json
 
 Interval = dict[str, float]
 SHARE, ACCURACY, SLACK = 0.8, 0.9, 0.05  # the claim; what counts as learnt; how far a control may be above its ceiling
@@ -205,5 +205,4 @@ def certify(folder: Path, seeds: Iterable[int], steps: int) -> dict[str, Any]:
         "by_distance": {"distance": distance.tolist(), **{name: seen.tolist() for name, seen in right.items()}},
         "cpu_seconds": sum(run["cpu_seconds"] for run in runs), "holds": holds,
     }  # fmt: skip
-    write_json(folder / "certificate.json", made)
-    return made
+    return read_json(write_json(folder / "certificate.json", made))

@@ -74,19 +74,31 @@ def name_of(full: bool, seed: int) -> str:
     return f"{'full' if full else 'window'}-{seed}"
 
 
+def describe(full: bool, seed: int, steps: int) -> dict[str, Any]:
+    """Everything that decides what a model learns; its digest tells whether one is there already."""
+    config = MODEL | {"summaries_per_block": MODEL["summaries_per_block"] if full else 0}
+    spec = {"model": config, "tasks": TASKS.model_dump(mode="json"), "seed": seed, "steps": steps, "kinds": KINDS}
+    spec |= {"context": CONTEXT, "rows": ROWS, "fillers": FILLERS, "rate": RATE, "warmup": WARMUP}
+    return spec | {"digest": hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()}
+
+
+def found(folder: Path, full: bool, seed: int, steps: int) -> dict[str, Any] | None:
+    """What `train` made of the same description, if it is there whole."""
+    name = name_of(full, seed)
+    if (folder / f"{name}.json").exists() and (folder / name).is_dir():
+        made = read_json(folder / f"{name}.json")
+        return made if made["digest"] == describe(full, seed, steps)["digest"] else None
+    return None
+
+
 def train(folder: Path, full: bool, seed: int, steps: int) -> dict[str, Any]:
-    """Train one model on fresh rows each step; its weights and its learning curve are kept below `folder`, and found
-    there when the same is asked again. Full and control of a seed read the same rows.
+    """Train one model on fresh rows each step; its weights and its learning curve are kept below `folder`. Full model
+    and control of a seed read the same rows.
     """
-    name, config = name_of(full, seed), MODEL | {"summaries_per_block": MODEL["summaries_per_block"] if full else 0}
-    spec = {"model": config, "tasks": TASKS.model_dump(mode="json"), "seed": seed, "steps": steps}
-    spec |= {"kinds": KINDS, "context": CONTEXT, "rows": ROWS, "fillers": FILLERS, "rate": RATE, "warmup": WARMUP}
-    digest, target = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest(), folder / f"{name}.json"
-    if target.exists() and (done := read_json(target))["digest"] == digest and (folder / name).is_dir():
-        return done
+    name, spec = name_of(full, seed), describe(full, seed, steps)
     torch.set_num_threads(1)
     began, curve, watched = time.process_time(), [], draw("watched", 4 * ROWS)
-    model = build(params.Model(config=config), VALUES.stop + FILLERS, NAMED["<pad>"], seed)
+    model = build(params.Model(config=spec["model"]), VALUES.stop + FILLERS, NAMED["<pad>"], seed)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.0)
     # lr_t = lr min(t / warm-up, (1 + cos(pi t / T)) / 2)        (SGDR, arXiv 1608.03983, eq. 5)
     plan = torch.optim.lr_scheduler.LambdaLR(
@@ -104,17 +116,18 @@ def train(folder: Path, full: bool, seed: int, steps: int) -> dict[str, Any]:
             print(f"{name}: step {step + 1}/{steps}, loss {curve[-1]['loss']:.3f}, {curve[-1]['accuracy']:.1%} right",
                   flush=True)  # fmt: skip
     model.save_pretrained(folder / name)
-    made = {"name": name, "full": full, "seed": seed, "steps": steps, "digest": digest, "curve": curve}
-    write_json(target, made | {"cpu_seconds": time.process_time() - began})
-    return read_json(target)
+    made = {"name": name, "full": full, "seed": seed, "steps": steps, "digest": spec["digest"], "curve": curve}
+    return read_json(write_json(folder / f"{name}.json", made | {"cpu_seconds": time.process_time() - began}))
 
 
 def run(folder: Path, seeds: Iterable[int], steps: int) -> list[dict[str, Any]]:
     """Full model and control of every seed, each in a process of its own; what an earlier call made is not repeated."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(folder, full, seed, steps) for seed in seeds for full in (True, False)]
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(train, *zip(*jobs, strict=True)))
+    if missing := [job for job in jobs if not found(*job)]:
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(train, *zip(*missing, strict=True)))
+    return [made for job in jobs if (made := found(*job))]
 
 
 def load(folder: Path, full: bool, seed: int) -> StackForCausalLM:
