@@ -12,8 +12,9 @@ from scipy.special import bdtr, bdtrc
 
 from stackpkg import params
 from stackpkg.data import longrange
-from stackpkg.evaluation import certificate, control
-from stackpkg.evaluation.control import NAMED, REACH, VALUES, Rows
+from stackpkg.evaluation import certificate, construction, control
+from stackpkg.evaluation.construction import Rows
+from stackpkg.evaluation.control import NAMED, REACH, VALUES
 from stackpkg.model import StackConfig, build
 from stackpkg.runs import read_json
 
@@ -73,7 +74,7 @@ def with_near_evidence(rows: Rows, every: int) -> Rows:
 @given(n=st.integers(1, 300), data=st.data())
 def test_the_interval_of_a_share_is_that_of_clopper_and_pearson(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, n))
-    found = certificate.proportion([True] * k + [False] * (n - k))
+    found = construction.proportion([True] * k + [False] * (n - k))
     assert 0 <= found["low"] <= found["value"] == k / n <= found["high"] <= 1
     assert k == 0 or bdtrc(k - 1, n, found["low"]) == pytest.approx(0.025)
     assert k == n or bdtr(k, n, found["high"]) == pytest.approx(0.025)
@@ -125,7 +126,7 @@ def test_the_reach_of_a_profile_that_states_no_sizes_is_the_model_s() -> None:
 def test_the_bayes_loss_is_what_the_best_windowed_reader_gets(rows: Rows, every: int) -> None:
     mixed = with_near_evidence(rows, every)
     mixed = mixed if every < 1000 else certificate.one_each(rows)
-    found = certificate.construction(mixed, REACH, NAMED, VALUES)
+    found = construction.construction(mixed, REACH, NAMED, VALUES)
     logs, right = certificate.measured(Reader(REACH), mixed)
     share = {1: 0.0, 2: 0.5, 1000: 1.0}[every]
     assert found["beyond"]["value"] == share and found["bayes_loss"] == pytest.approx(share * math.log(16))
@@ -154,8 +155,8 @@ def test_what_is_in_reach_is_the_same_whatever_the_answer(name: str, kind: str) 
 
 
 def test_rows_as_drawn_leak_nothing() -> None:
-    found = certificate.leakage(control.draw("leak", 200), REACH, VALUES)
-    assert certificate.no_leak(found), found
+    found = construction.leakage(control.draw("leak", 200), REACH, VALUES)
+    assert construction.no_leak(found), found
     assert found["position"]["low"] < found["chance"] < found["position"]["high"]
 
 
@@ -174,8 +175,8 @@ def test_each_leak_is_caught_by_its_baseline(leak: str) -> None:
         ids[r, t - 3] = ids[r, t]
     else:
         ids[r[:, None], t[:, None] - np.array([3, 2])] = ids[r, t][:, None]
-    found = certificate.leakage(Rows(ids, rows.answers), REACH, VALUES)
-    assert found[leak]["low"] > found["chance"] and not certificate.no_leak(found)
+    found = construction.leakage(Rows(ids, rows.answers), REACH, VALUES)
+    assert found[leak]["low"] > found["chance"] and not construction.no_leak(found)
 
 
 # --- legs 3 and 4, on readers whose result is known

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from stackpkg import params
 from stackpkg.data import longrange, mixing
 from stackpkg.data.tokenizer import SPECIALS
+from stackpkg.evaluation.construction import Rows
 from stackpkg.model import StackForCausalLM, build
 from stackpkg.runs import read_json, write_json
 
@@ -38,13 +39,6 @@ MODEL: dict[str, Any] = {
     "summaries_per_block": 1, "rope_alpha": 1.0, "initializer_range": 0.1,
 }  # fmt: skip
 REACH = longrange.reach_of(params.Params(model=params.Model(config=MODEL)))
-
-
-class Rows(NamedTuple):
-    """Rows of tasks: token ids int64 [n, L], and bool [n, L], where the answers are."""
-
-    ids: np.ndarray
-    answers: np.ndarray
 
 
 def draw(name: str, n: int) -> Rows:
@@ -96,6 +90,7 @@ def train(folder: Path, full: bool, seed: int, steps: int) -> dict[str, Any]:
     and control of a seed read the same rows.
     """
     name, spec = name_of(full, seed), describe(full, seed, steps)
+    (folder / f"{name}.json").unlink(missing_ok=True)  # it belongs to the weights that are about to be replaced
     torch.set_num_threads(1)
     began, curve, watched = time.process_time(), [], draw("watched", 4 * ROWS)
     model = build(params.Model(config=spec["model"]), VALUES.stop + FILLERS, NAMED["<pad>"], seed)
