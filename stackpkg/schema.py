@@ -134,6 +134,10 @@ class Stage(Section):
     until: Until | None = None
 
 
+LongRange = Literal["recall", "needle", "variables", "hops"]
+MIX: dict[LongRange, float] = {"recall": 0.4, "needle": 0.2, "variables": 0.2, "hops": 0.2}
+
+
 class Auxiliary(Section):
     """Labelled data for the auxiliary objectives."""
 
@@ -144,6 +148,29 @@ class Auxiliary(Section):
     )
     query_tokens: int = Field(32, ge=8, le=1_024, description="tokens of a query")
     document_tokens: int = Field(64, ge=8, le=4_096, description="tokens of a document")
-    long_range_tasks: int = Field(512, ge=8, description="associative-recall tasks to generate")
+    long_range_tasks: int = Field(512, ge=8, description="long-range tasks to generate")
+    long_range_kinds: dict[LongRange, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: dict(MIX),
+        description="weight of each kind of long-range task",
+    )
+    long_range_records: int = Field(
+        8, ge=1, le=64, description="records of a long-range task, where the context allows"
+    )
+    long_range_hops: int = Field(
+        2, ge=2, le=8, description="records to follow from a question to its answer, in chains"
+    )
+    long_range_names: int = Field(64, ge=2, le=128, description="names that long-range tasks draw from")
+    long_range_values: int = Field(32, ge=2, le=128, description="answers that long-range tasks draw from")
     retrieval_set: str = Field("", description="folder in BEIR's format, or JSONL of triples, to use besides")
     preference_set: str = Field("", description="JSONL or Parquet in one of TRL's formats, to use besides")
+
+    @model_validator(mode="after")
+    def _tasks_can_be_drawn(self) -> Auxiliary:
+        if not any(self.long_range_kinds.values()):
+            raise ValueError("long_range_kinds gives every kind weight 0: give one a positive weight")
+        if self.long_range_names < self.long_range_records:
+            raise ValueError(
+                f"long_range_records {self.long_range_records} need as many names: raise long_range_names "
+                f"{self.long_range_names}"
+            )
+        return self

@@ -63,7 +63,7 @@ def profile(**changes: object) -> params.Params:
             "hard_negatives": 2,
         },
         "training": {"batch_tokens": 1024},
-        "model": {"config": {"sliding_window": 16}},
+        "model": {"config": {"sliding_window": 16, "num_hidden_layers": 2}},
         "evaluation": {"pairs": 8},
     }
     return params.validate(base | changes)

@@ -30,7 +30,8 @@ class Stream:
         manifest = self.corpus.manifest
         self.domains, self.manifest_digest = self.schedule.domains, self.corpus.digest
         self.vocab_size, self.pad_id = int(manifest["vocab_size"]), int(manifest["pad_id"])
-        self.shortest, self.longest = (choose(stage.context for stage in p.curriculum) for choose in (min, max))
+        self.longest = max(stage.context for stage in p.curriculum)
+        self.asking = min([stage.context for stage in p.curriculum if stage.long_range] or [self.longest])
         self._places = np.arange(self.longest)
         tasks = self._set(folder / "long_range.parquet", any(stage.long_range for stage in p.curriculum))
         pairs = self._set(folder / "pairs.parquet", any(stage.retrieval for stage in p.curriculum))
@@ -177,8 +178,8 @@ class Stream:
         return self._learnt(made)
 
     def long_range(self, n: int) -> Batch:
-        """At most `n` held-out long-range rows in the shortest context of the curriculum."""
-        made = self._blank(min(n, len(self.tasks["held_out"])), self.shortest)
+        """At most `n` held-out long-range rows in the shortest context that the curriculum asks them in."""
+        made = self._blank(min(n, len(self.tasks["held_out"])), self.asking)
         for k in range(len(made["input_ids"])):
             self._recall(made, k, "held_out", k)
         return self._learnt(made)
