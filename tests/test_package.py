@@ -1,6 +1,7 @@
 """The package as a whole: its size, the direction of its imports, and that the files of the project agree."""
 
 import ast
+import importlib
 import io
 import re
 import sys
@@ -246,3 +247,17 @@ def test_this_environment_is_the_lock() -> None:
     wrong = {name: metadata.version(name) for name, version in lock().items() if metadata.version(name) != version}
     wrong = {name: version for name, version in wrong.items() if version.split("+")[0] != lock()[name]}
     assert not wrong, f"installed, but not as the lock says: {wrong}; run: make env"
+
+
+def test_every_loss_has_a_paper_a_function_and_a_test() -> None:
+    lines = (ROOT / "book/papers.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:5]] for line in lines if line.startswith("| ")][2:]
+    assert len(rows) > 10
+    for loss, paper, function, test in rows:
+        module, _, name = function.rpartition(".")
+        home, _, case = test.partition(".")
+        assert paper and callable(getattr(importlib.import_module(f"stackpkg.{module}"), name)), loss
+        assert f"def {case}(" in (ROOT / f"tests/{home}.py").read_text(encoding="utf-8"), f"{loss}: {test}"
+    losses = {function.split(".")[-1] for _, _, function, _ in rows}
+    source = (ROOT / "stackpkg/objectives/losses.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"^def (\w+)", source, re.MULTILINE)) - {"balance_divergence"} <= losses
