@@ -121,6 +121,8 @@ def test_reading_on_finds_what_changed_after_it_was_checked(folder):
         for done in range(reading.EVERY):  # noqa: B007
             read.read(d, 0, 1)
     assert done == reading.EVERY - 2
+    with pytest.raises(ValueError, match="corrupt block 0"):  # and never hands it out again
+        read.read(d, 0, 1)
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-2])])

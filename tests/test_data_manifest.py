@@ -52,7 +52,7 @@ def version(number):
 
 def test_a_corpus_of_another_format_is_refused(tmp_path):
     manifest.commit(tmp_path, {"format": 2})
-    with pytest.raises(ValueError, match="of format 2, this package reads 3: run notebook 10"):
+    with pytest.raises(ValueError, match="of format 2, this package reads 3: run notebook 10, and remove the old one"):
         Corpus(tmp_path)
 
 

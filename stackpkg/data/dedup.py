@@ -1,7 +1,8 @@
 """Exact and near duplicates of a corpus on disk: sketches, LSH bands, and every candidate verified by exact Jaccard.
 
-Two passes over the parts. What is held in memory: a sketch of 512 bytes and some 200 bytes more for each distinct text,
-and the shingle hashes of texts that have a candidate. The order of parts and records and the threads are no matter.
+Two passes over the parts. What is held in memory: a sketch of 512 bytes and some 400 bytes more for each distinct text,
+for one with many copies up to 16 bytes for each of 32 neighbours, and the shingle hashes of texts that have a
+candidate. The order of parts and records and the threads are no matter.
 """
 
 from __future__ import annotations
@@ -104,17 +105,20 @@ def _candidates(sketches: np.ndarray, by_rank: np.ndarray, threshold: float, flo
     """Pairs of texts that share a band and whose sketches agree: first each text and the next one of its bucket in
     order of preference, then the one after that, up to STAR. So the work is bounded however large a bucket is."""
     bands, width = shape_for(threshold)
-    worded, found = by_rank[sketches[by_rank, 0] != kernels.EMPTY], [[np.empty(0, np.int64)] for _ in range(STAR)]
+    worded, buckets, found = by_rank[sketches[by_rank, 0] != kernels.EMPTY], list[Pairs](), list[Pairs]()
     for band in range(bands):
         keys = kernels.band_keys(sketches, worded, band * width, width)
         order = np.argsort(keys, kind="stable")
-        keys, texts = keys[order], worded[order]
-        for gap in range(1, min(STAR + 1, len(keys))):
+        buckets.append((keys[order], worded[order].astype(np.uint32)))
+    for gap in range(1, min(STAR + 1, max(2, len(worded)))):
+        codes = [np.empty(0, np.int64)]
+        for keys, texts in buckets:
             same = np.flatnonzero(keys[gap:] == keys[:-gap])
-            found[gap - 1].append(texts[same] << 32 | texts[same + gap])
-    codes = [np.unique(np.concatenate(pairs)) for pairs in found]
-    alike = [code[kernels.agreements(sketches, code >> 32, code & 0xFFFFFFFF) >= floor] for code in codes]
-    return [(code >> 32, code & 0xFFFFFFFF) for code in alike]
+            codes.append(texts[same].astype(np.int64) << 32 | texts[same + gap])
+        code = np.unique(np.concatenate(codes))
+        code = code[kernels.agreements(sketches, code >> 32, code & 0xFFFFFFFF) >= floor]
+        found.append((code >> 32, code & 0xFFFFFFFF))
+    return found
 
 
 def _sets(paths: Sequence[Path], corpus: Corpus, wanted: np.ndarray, n: int, pool: ThreadPoolExecutor) -> Pairs:

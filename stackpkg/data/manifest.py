@@ -56,7 +56,10 @@ def read(folder: Path, version: str = "") -> Manifest:
 def parse(path: Path) -> Manifest:
     manifest = runs.read_json(path)
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"data/ is of format {manifest.get('format')}, this package reads {FORMAT}: run notebook 10")
+        raise ValueError(
+            f"{path.name} is of format {manifest.get('format')}, this package reads {FORMAT}: run notebook 10, and "
+            "remove the old one from versions/ once you need it no more"
+        )
     return manifest
 
 

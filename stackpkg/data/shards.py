@@ -24,7 +24,7 @@ BYTES = 3.5  # of text in a token, about: sets how many record files there are
 BATCH = 256  # documents encoded at once
 SPLITS = ("train", "validation")
 INDEX = pa.schema([
-    ("record_id", pa.string()), ("part", pa.int32()), ("domain", pa.string()), ("split", pa.string()),
+    ("record_id", pa.large_string()), ("part", pa.int32()), ("domain", pa.string()), ("split", pa.string()),
     ("shard", pa.string()), ("offset", pa.int64()), ("tokens", pa.int64()),
 ])  # fmt: skip
 
@@ -215,5 +215,7 @@ def rebuild(folder: Path, name: str, version: str = "") -> Path:
     listed = ds.dataset(index, format="ipc").to_table()
     mine = listed.filter((ds.field("shard") == name) & (ds.field("split") == entry["split"]))["record_id"]
     table = tokenise(pq.read_table(part), model, manifest["longest_document"])
-    tokens = table.filter(pc.is_in(table["record_id"], mine.combine_chunks()))["tokens"].combine_chunks()
+    tokens = table.filter(pc.is_in(table["record_id"], mine.cast(pa.string()).combine_chunks()))[
+        "tokens"
+    ].combine_chunks()
     return _raw(folder / f"shards/{name}.bin", tokens, manifest["dtype"], entry["sha256"])

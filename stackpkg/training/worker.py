@@ -54,6 +54,10 @@ def run(job_file: Path) -> None:
     if rank == 0:
         manifest.check(folder / "data")
     stream = Stream(folder / "data", p, curriculum.decisions(home / "decisions.jsonl"))
+    if stream.manifest_digest != (began := job["data"]["manifest.json"]):  # of this attempt, whatever launched it
+        raise ValueError(
+            f"the corpus is {stream.manifest_digest[:16]}, this job began with {began[:16]}: roll back to it"
+        )
     initial = home / "initial"
     if rank == 0 and not (initial / "config.json").exists():
         models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)
