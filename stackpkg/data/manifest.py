@@ -124,7 +124,7 @@ def blocks(folder: Path, manifest: Manifest) -> list[np.ndarray]:
     ends = np.cumsum([-(-entry["tokens"] // size) for entry in manifest["shards"]])
     path = folder / f"shards/{name_of(manifest['checksums_sha256'])}.xxh"
     if not whole(path, manifest["checksums_sha256"]):
-        raise ValueError(f"corrupt or missing: shards/{path.name}; notebook 11 shows the way back")
+        raise ValueError(f"corrupt or missing: shards/{path.name}; notebook 10, run again, makes the same file")
     return np.split(np.fromfile(path, np.uint64), ends[:-1])
 
 
