@@ -1,6 +1,7 @@
 """Real launches of a tiny model on real text: layouts agree, faults leave no trace, checkpoints fit any layout."""
 
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from stackpkg import params, runs
 from stackpkg.data import curriculum, labelled, longrange, provenance, shards, sources, tokenizer
+from stackpkg.data import manifest as versions
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.ledger import Ledger
 from stackpkg.data.schedule import Schedule
@@ -287,3 +289,23 @@ def test_the_results_are_ordinary_folders_of_transformers(lab: RunFolder, alone,
         assert model(input_ids=ids).logits.isfinite().all() and average(input_ids=ids).logits.isfinite().all()
     files = {path.suffix for part in ("final", "final_ema") for path in (home / part).rglob("*") if path.is_file()}
     assert files == {".json", ".safetensors"}  # nothing that unpickles when it is opened
+
+
+def test_a_job_refuses_a_corrupt_shard_and_another_corpus_than_it_began_with(lab: RunFolder) -> None:
+    p, other = profile(1), RunFolder("elsewhere")
+    data = shutil.copytree(lab.path / "data", other.path / "data")
+    shard = data / f"shards/{versions.read(data)['shards'][0]['name']}.bin"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(RuntimeError, match=rf"corrupt or missing: shards/{shard.name}; notebook 11"):
+        launch.launch("torn", p, other, steps=1, quiet=True)
+    shard.write_bytes(raw)
+    job = other.path / "checkpoints/moved/job.json"
+    spec = launch.describe("moved", p, other, 1, ())
+    shorter = p.data.model_copy(update={"longest_document": 64})
+    shards.build(data, versions.records(data), tokenizer.of_shards(data), shorter)  # the head moves on
+    write_json(job, spec)
+    done = subprocess.run(launch.command(str(job), p), capture_output=True, text=True, timeout=120)
+    began = spec["data"]["manifest.json"][:16]
+    assert done.returncode and f"this job began with {began}: roll back to it" in done.stderr
+    assert versions.rollback(data, began) == began and not list(job.parent.glob("checkpoint-*"))
