@@ -99,9 +99,9 @@ def test_the_loss_window_never_learns_from_what_it_rejected() -> None:
 def test_the_robust_z_is_the_textbook_one() -> None:
     alert = next(alert for alert in load(P) if alert.name == "TrainLossSpike")
     window = guard.deque([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
-    assert guard._score(alert, 11.0, window) == pytest.approx(6 / (1.4826 * 2))
-    assert guard._score(alert, 11.0, guard.deque([1.0] * 7)) == 0  # too few to judge by
-    assert guard._score(alert, 2.06, guard.deque([2.0] * 9)) == pytest.approx(3.0)  # a flat window is 1% wide
+    assert guard.score(alert, 11.0, window) == pytest.approx(6 / (1.4826 * 2))
+    assert guard.score(alert, 11.0, guard.deque([1.0] * 7)) == 0  # too few to judge by
+    assert guard.score(alert, 2.06, guard.deque([2.0] * 9)) == pytest.approx(3.0)  # a flat window is 1% wide
 
 
 def test_a_steep_fall_of_the_loss_is_not_a_spike() -> None:

@@ -7,9 +7,8 @@ import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import Largest
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -101,18 +100,11 @@ def test_summaries_carry_what_the_window_cannot_see() -> None:
 
 
 def test_attention_makes_no_square_tensor() -> None:
-    length, largest = 2048, [0]
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            largest[0] = max([largest[0], *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
-            return out
-
+    length = 2048
     model = small(block_size=16)
-    with Sizes():
+    with Largest() as largest:
         model(input_ids=tokens(1, length), labels=tokens(1, length)).loss.backward()
-    assert largest[0] < length * length / 4, f"a tensor of {largest[0]} numbers at {length} tokens"
+    assert largest.numbers < length * length / 4, f"a tensor of {largest.numbers} numbers at {length} tokens"
 
 
 def test_first_row_is_finite_and_learns() -> None:

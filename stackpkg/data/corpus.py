@@ -27,9 +27,7 @@ class Corpus:
         self.folder, self.version, self.digest = folder, path.stem, runs.digest(path)  # the head may move on
         self.manifest = versions.parse(path)
         self.names, self._sums = [e["name"] for e in self.manifest["shards"]], versions.blocks(folder, self.manifest)
-        index = versions.index(folder, self.manifest)
-        if not versions.whole(index, self.manifest["index_sha256"]):
-            raise ValueError(f"corrupt or missing: shards/{index.name}; notebook 10, run again, makes the same file")
+        index = versions.vouched(versions.index(folder, self.manifest), self.manifest["index_sha256"])
         self._index = pa.ipc.open_file(pa.memory_map(str(index))).get_batch(0)
         assert len(self._index) == sum(entry["documents"] for entry in self.manifest["shards"]), "an index is one batch"
         self.offset, self.tokens = (self._index[name].to_numpy() for name in ("offset", "tokens"))

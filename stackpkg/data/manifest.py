@@ -123,9 +123,7 @@ def blocks(folder: Path, manifest: Manifest) -> list[np.ndarray]:
     size = BLOCK // np.dtype(manifest["dtype"]).itemsize
     ends = np.cumsum([-(-entry["tokens"] // size) for entry in manifest["shards"]])
     path = folder / f"shards/{name_of(manifest['checksums_sha256'])}.xxh"
-    if not whole(path, manifest["checksums_sha256"]):
-        raise ValueError(f"corrupt or missing: shards/{path.name}; notebook 10, run again, makes the same file")
-    return np.split(np.fromfile(path, np.uint64), ends[:-1])
+    return np.split(np.fromfile(vouched(path, manifest["checksums_sha256"]), np.uint64), ends[:-1])
 
 
 def tokenizer(folder: Path, manifest: Manifest) -> Path:
@@ -169,6 +167,13 @@ def _spared(name: str) -> bool:
 
 def whole(path: Path, sha256: str) -> bool:
     return path.exists() and runs.digest(path) == sha256
+
+
+def vouched(path: Path, sha256: str) -> Path:
+    """The path of an index or of checksums that is whole; `ValueError` with what mends it otherwise."""
+    if not whole(path, sha256):
+        raise ValueError(f"corrupt or missing: shards/{path.name}; notebook 10, run again, makes the same file")
+    return path
 
 
 def _spot(path: Path, known: np.ndarray, sample: int) -> bool:

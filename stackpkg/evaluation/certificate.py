@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 
 from stackpkg.data import longrange, mixing
 from stackpkg.evaluation import control
-from stackpkg.evaluation.construction import Interval, Rows, construction, leakage, no_leak, proportion
+from stackpkg.evaluation.construction import Interval, Rows, construction, leakage, no_leak, over_seeds, proportion
 from stackpkg.runs import read_json, write_json
 
 SHARE, ACCURACY, SLACK = 0.8, 0.9, 0.05  # the claim; what counts as learnt; how far a control may be above its ceiling
@@ -90,14 +89,6 @@ def counterfactual(
         ids[rows.answers] = other if name == "follows" else old
         changed[name] = proportion(measured(model, Rows(ids, rows.answers))[1])
     return changed
-
-
-def over_seeds(values: Iterable[float]) -> Interval:
-    """Mean over seeds with its interval of confidence 0.95; a single seed has no interval."""
-    x = np.array(list(values))
-    # mean +- t_{n-1, 0.975} s / sqrt(n)        (Student 1908)
-    half = float(stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
-    return {"value": float(x.mean()), "low": float(x.mean()) - half, "high": float(x.mean()) + half, "n": len(x)}
 
 
 def certify(folder: Path, seeds: Iterable[int], steps: int) -> dict[str, Any]:

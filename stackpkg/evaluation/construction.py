@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import betaincinv, chdtrc
+from scipy.special import betaincinv, chdtrc, stdtrit
 
 from stackpkg.data import longrange
 
@@ -31,6 +31,14 @@ def proportion(right: Iterable[bool], level: float = 0.05) -> Interval:
     low = float(betaincinv(k, n - k + 1, level / 2)) if k else 0.0
     high = float(betaincinv(k + 1, n - k, 1 - level / 2)) if k < n else 1.0
     return {"value": k / n, "low": low, "high": high, "n": n}
+
+
+def over_seeds(values: Iterable[float]) -> Interval:
+    """Mean over seeds with its interval of confidence 0.95; a single seed has no interval."""
+    x = np.array(list(values))
+    # mean +- t_{n-1, 0.975} s / sqrt(n)        (Student 1908)
+    half = float(stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
+    return {"value": float(x.mean()), "low": float(x.mean()) - half, "high": float(x.mean()) + half, "n": len(x)}
 
 
 def construction(rows: Rows, reach: int, specials: Mapping[str, int], values: range) -> dict[str, Any]:

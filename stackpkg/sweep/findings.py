@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 from scipy import stats
 
+from stackpkg.evaluation.construction import over_seeds
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, write_text
 from stackpkg.sweep.space import apply, overlay
@@ -72,12 +73,8 @@ def pareto(found: pd.DataFrame) -> pd.Series:
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and its 95% interval (Student's t); of fewer than two values there is none, and both ends are NaN."""
-    x = np.asarray(values, dtype=float)
-    if len(x) < 2:
-        return float(x.mean()), math.nan, math.nan
-    # mean -+ t_(n-1, 0.975) s / sqrt(n)   (Student 1908)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+    found = over_seeds(values)
+    return found["value"], found["low"], found["high"]
 
 
 def ranking(found: pd.DataFrame) -> pd.DataFrame:
@@ -138,7 +135,7 @@ def extreme(table: pd.DataFrame, alert: guard.Alert) -> float:
     for value in table.get(alert.series, pd.Series(dtype=float)).dropna():
         if math.isfinite(value):
             if alert.comparison in ("above", "below") or len(window) >= guard.WARM:
-                scores.append(guard._score(alert, value, window))
+                scores.append(guard.score(alert, value, window))
             window.append(value)
     return (min if alert.comparison == "below" else max)(scores, default=math.nan)
 

@@ -70,8 +70,8 @@ class Guard:
             value = row.get(alert.series)
             if value is None or not math.isfinite(value):
                 continue
-            score, limit = _score(alert, value, self._windows[alert.name]), float(alert.threshold)
-            beyond = score < limit if alert.comparison == "below" else score > limit
+            found, limit = score(alert, value, self._windows[alert.name]), float(alert.threshold)
+            beyond = found < limit if alert.comparison == "below" else found > limit
             self._held[alert.name] = (self._held[alert.name] + 1) * beyond
             if not beyond and not row.get("update_skipped"):
                 self._windows[alert.name].append(value)
@@ -90,7 +90,7 @@ class Guard:
             self._held[name], self._windows[name] = state[name][0], deque(state[name][1:], maxlen=WINDOW)
 
 
-def _score(alert: Alert, value: float, window: deque[float]) -> float:
+def score(alert: Alert, value: float, window: deque[float]) -> float:
     if alert.comparison in ("above", "below"):
         return value
     if len(window) < WARM:
