@@ -5,9 +5,9 @@
 The job: a batch of 8 rows of 2,048 tokens as int64 tensors of tokens, labels that stop at document boundaries, and
 positions that restart with each document, in shuffled order, in one process with one thread. The peers read rows that
 were packed for them beforehand; this package packs as it opens, and compares every block with its checksum when it is
-first read, which no peer does; the sample of all blocks that a job checks before it starts is in no number. `resume` is
-the time from what is on disk to a batch in the middle of the epoch, `seek` the same from an open loader. Every system
-runs in a process of its own, thrice; the median counts.
+first read, which no peer does. `open` is the time to the first batch in a new process, imports done; `resume` that from
+what is on disk to a batch in the middle of the epoch, `seek` the same from an open loader. `check` is the sample of all
+blocks that a job compares before it starts. Every system runs in a process of its own, thrice; the median counts.
 `PEERS` holds requirements-stream.txt; without it only this package and datasets are measured.
 """
 
@@ -29,7 +29,7 @@ from stream_peers import BATCH, measure
 from torch.utils.data import DataLoader
 
 from stackpkg import params
-from stackpkg.data import records, shards, sources, tokenizer
+from stackpkg.data import manifest, records, shards, sources, tokenizer
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.schedule import Schedule
 from stackpkg.data.stream import Stream
@@ -84,7 +84,9 @@ def ours(folder: Path, p: params.Params) -> dict[str, float]:
         batches = RankBatches(stream, p.max_steps, 1, 0, 1, lambda: start or 0)
         return DataLoader(StreamDataset(stream), batch_sampler=batches, collate_fn=collate)
 
-    return measure(opened, lambda loader, step: step, args.steps)
+    found, start = measure(opened, lambda loader, step: step, args.steps), time.perf_counter()
+    manifest.check(folder / "data")
+    return found | {"check": time.perf_counter() - start, "documents": len(Corpus(folder / "data").tokens)}
 
 
 def rows(folder: Path, p: params.Params) -> list[dict]:
@@ -106,11 +108,14 @@ def rows(folder: Path, p: params.Params) -> list[dict]:
         for metric, unit, value in (
             ("throughput", "Mtokens/CPU-s", lambda r: r["tokens"] / r["cpu"] / 1e6),
             ("throughput", "Mtokens/s", lambda r: r["tokens"] / r["wall"] / 1e6),
+            ("open", "ms", lambda r: 1e3 * r["open"]),
             ("resume", "ms", lambda r: 1e3 * r["resume"]),
             ("seek", "ms", lambda r: 1e3 * r["seek"]),
         ):
             if runs_:
                 made.append(report.row(name, metric, statistics.median(map(value, runs_)), unit))
+    for metric, unit, scale in (("check", "ms", 1e3), ("documents", "documents", 1)):
+        made.append(report.row("stackpkg", metric, scale * found["stackpkg"][0][metric], unit))
     return made
 
 

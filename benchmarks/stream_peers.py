@@ -1,7 +1,8 @@
 """One system of `benchmarks/stream.py`, in the interpreter that has it: `python stream_peers.py SYSTEM FOLDER STEPS`.
 
 Each reads the same packed rows, written once in its own format, in shuffled batches of `BATCH` rows as int64 tensors.
-Prints one JSON object: tokens, seconds of wall clock and of this process's CPU for `STEPS` batches; `resume`, seconds
+Prints one JSON object: tokens, seconds of wall clock and of this process's CPU for `STEPS` batches; `open`, seconds
+from the start of the loader to its first batch in a process that has just imported it; `resume`, seconds
 from nothing but what is on disk, and the saved state, to the batch in the middle; `seek`, the same from an open loader.
 """
 
@@ -119,10 +120,13 @@ def datasets(folder: Path):
 
 
 def measure(opened, state_of, steps: int) -> dict[str, float]:
-    """The same for every system, ours included. `resume` is the better of two: the first warms what is read."""
+    """The same for every system, ours included. `open` is the first of this process, what is imported and compiled on
+    the way included; `resume` the better of two, of files that were read before."""
+    start = time.perf_counter()
     loader = opened()
     batches = iter(loader)
     first = next(batches)
+    opening = time.perf_counter() - start
     assert first["labels"].shape[0] == BATCH and first["input_ids"].dtype == torch.int64
     made, state = {"wall": 0.0, "cpu": 0.0, "tokens": 0}, None
     for count in (steps // 2, steps - steps // 2):
@@ -139,7 +143,7 @@ def measure(opened, state_of, steps: int) -> dict[str, float]:
         times[name].append(time.perf_counter() - start)
         assert expected is None or torch.equal(expected, found), f"a {name} does not come to the same batch"
         expected = found
-    return made | {name: min(found) for name, found in times.items()}
+    return made | {"open": opening} | {name: min(found) for name, found in times.items()}
 
 
 if __name__ == "__main__":

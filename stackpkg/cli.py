@@ -85,7 +85,7 @@ def trace(
 
     try:
         ledger = Ledger(_folder(path).path, job)
-        known = document in set(ledger.stream.corpus.records)
+        known = 0 in ledger.stream.corpus.find([str(document)])
         named = str(document) if known else hashlib.sha256(str(document).encode()).hexdigest()[:16]
         rows = ledger.step(step) if step is not None else ledger.document(named)
     except ValueError as error:

@@ -1,9 +1,12 @@
+import itertools
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from stackpkg.data import mixing
 
@@ -112,3 +115,35 @@ def test_hashes_never_change_and_permutations_differ_by_key():
     assert mixing.hashed(3, 17, "rows").tolist() == [6038109398212350396, 194380224734944963, 7499877360737779506]
     assert sorted(mixing.permutation(50, "a")) == list(range(50))
     assert mixing.permutation(50, "a").tolist() != mixing.permutation(50, "b").tolist()
+
+
+@given(st.integers(1, 3000), st.integers())
+def test_a_shuffle_is_a_permutation_and_knows_its_inverse(n, key):
+    shuffle = mixing.Shuffle(n, key)
+    found = shuffle.at(np.arange(n))
+    assert sorted(found) == list(range(n)) and all(shuffle[k] == found[k] for k in (0, n // 2, n - 1))
+    assert all(shuffle.place(int(found[k])) == k for k in (0, n // 3, n - 1))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_every_order_of_a_few_rows_is_as_likely_as_every_other(n):
+    orders = dict.fromkeys(itertools.permutations(range(n)), 0)
+    for key in range(200 * len(orders)):
+        orders[tuple(mixing.Shuffle(n, "order", key).at(np.arange(n)).tolist())] += 1
+    assert chisquare(list(orders.values())).pvalue > 1e-3
+
+
+def test_every_row_of_a_shuffle_comes_to_every_place_and_shuffles_do_not_follow_each_other():
+    counts, n = np.zeros((40, 40)), 40
+    for key in range(4000):
+        counts[np.arange(n), mixing.Shuffle(n, "place", key).at(np.arange(n))] += 1
+    assert chisquare(counts.ravel()).pvalue > 1e-3
+    long, next_ = (mixing.Shuffle(200_000, "epoch", epoch).at(np.arange(200_000)) for epoch in (0, 1))
+    # of independent orders: correlation N(0, 1 / n), and Poisson(1) items that keep their place, or their neighbour
+    assert abs(np.corrcoef(long, next_)[0, 1]) < 4 / math.sqrt(200_000)
+    assert abs(np.corrcoef(long[:-1], long[1:])[0, 1]) < 4 / math.sqrt(200_000)
+    assert (long == next_).sum() < 8 and (np.diff(long) == 1).sum() < 8
+
+
+def test_shuffles_never_change():
+    assert [mixing.Shuffle(1000, 17, "rows", "docs", 0, 0)[k] for k in range(5)] == [593, 704, 472, 568, 973]

@@ -107,3 +107,12 @@ def test_the_report_is_one_page_with_both_sides_of_each_stage_and_nothing_live_i
     assert EVIL not in page and "&lt;script&gt;" in page
     assert "policy, web: median words" in page and "kept, web: median words" in page
     assert [path.name for path in tmp_path.iterdir()] == ["quality.html"]
+
+
+def test_a_stage_that_leaves_nothing_is_told_with_zeros(parts, tmp_path):
+    nothing = tmp_path / "nothing.parquet"
+    pq.write_table(pq.read_table(parts[0][0]).slice(0, 0), nothing)
+    left = quality.metrics([nothing])
+    assert left.empty
+    page = curation.report({"read": quality.metrics(parts[0]), "policy": left}, tmp_path / "quality.html").read_text()
+    assert "policy, web: documents" in page and "policy, web: median words" not in page

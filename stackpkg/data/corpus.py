@@ -1,10 +1,12 @@
 """The read side of the shards: memory-mapped, and checked block by block before it is used."""
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from stackpkg import runs
@@ -68,6 +70,11 @@ class Corpus:
     @cached_property
     def split(self) -> np.ndarray:
         return self._index["split"].to_numpy(zero_copy_only=False)
+
+    def find(self, records: Iterable[str]) -> np.ndarray:
+        """int64[documents], the place among `records` of the one that each document is of; -1 where it is of none."""
+        sought = pa.array(list(records), self._index.schema.field("record_id").type)
+        return pc.fill_null(pc.index_in(self._index["record_id"], sought), -1).to_numpy()
 
     def tokens_of(self, shard: int) -> np.ndarray:
         """A shard, mapped. Raises `ValueError` when it is missing or has another size."""

@@ -68,16 +68,13 @@ class Ledger:
         filler, pair or preference by looking at every row that carries one.
         """
         stream, found = self.stream, set[tuple[int, str]]()
-        rows = [
-            (i, "text")
-            for d in np.flatnonzero(stream.corpus.records == record_id)
-            for i in stream.schedule.rows_of(int(d))
-        ]
+        documents = set(np.flatnonzero(stream.corpus.find([record_id]) == 0).tolist())
+        rows = [(i, "text") for d in documents for i in stream.schedule.rows_of(d)]
         far = len(stream.domains)
         for stage, lanes in enumerate(stream.plan.counts):
             for ordinal in range(int(lanes[far])):
                 i = stream.plan.row_number(stage, far, ordinal)
-                if any(stream.corpus.records[d] == record_id for d, *_ in stream.schedule.pieces(i)):
+                if any(d in documents for d, *_ in stream.schedule.pieces(i)):
                     rows.append((i, "filler"))
         for name in stream.labelled:
             if any(record_id in origins for origins in stream.origins[name]):

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numba import njit
+from numba.extending import register_jitable
 from scipy.special import chdtrc
 
 CACHE = os.access(Path(__file__).parent, os.W_OK)  # a read-only install compiles numba's kernels anew in each process
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+ROUNDS = 6  # for each bit of the size
 
 
+@register_jitable
 def mix(x: Any) -> Any:
     """Finaliser of splitmix64 (Steele, Lea, Flood 2014), uint64 in and out, scalar or array."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -29,6 +33,42 @@ def hashed(n: int, *key: object) -> np.ndarray:
 def permutation(n: int, *key: object) -> np.ndarray:
     """int64[n], a permutation of 0..n-1 that depends on `key` alone."""
     return np.argsort(hashed(n, *key), kind="stable")
+
+
+@njit(cache=CACHE)
+def _swap(places: np.ndarray, n: int, keys: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    found = places.copy()
+    for r in range(len(keys)):
+        for i in range(len(found)):
+            # x' = k_r - x mod n;  swap them if f_r(max(x, x')) = 1        (Hoang, Morris and Rogaway 2012, figure 1)
+            x = found[i]
+            other = offsets[r] - x
+            other += n & (other >> 63)
+            drawn = mix(keys[r] + np.uint64(max(x, other)) * GOLDEN) >> np.uint64(63)
+            found[i] = x + (other - x) * np.int64(drawn)
+    return found
+
+
+class Shuffle:
+    """A permutation of 0..n-1 that depends on `key` alone, of which any place is found without the others.
+
+    Swap-or-not (Hoang, Morris and Rogaway, An Enciphering Scheme Based on a Card Shuffle, arXiv 1208.1176).
+    """
+
+    def __init__(self, n: int, *key: object) -> None:
+        self.n, self._keys = n, hashed(ROUNDS * n.bit_length(), *key)
+        self._offsets = (mix(self._keys) % np.uint64(max(1, n))).astype(np.int64)
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """int64[k], what stands at `places` int64[k], each in 0..n-1."""
+        return _swap(places, self.n, self._keys, self._offsets)
+
+    def __getitem__(self, place: int) -> int:
+        return int(self.at(np.array([place]))[0])
+
+    def place(self, item: int) -> int:
+        """Inverse of `shuffle[place]`: every round is its own."""
+        return int(_swap(np.array([item]), self.n, self._keys[::-1], self._offsets[::-1])[0])
 
 
 def shares(

@@ -88,11 +88,13 @@ def metrics(parts: Sequence[Path]) -> pd.DataFrame:
             language, content = row.get("language", ""), row["content_hash"]
             made.append((row["domain"], size, n, distinct, page.alphabetic, language, ppl, content))
     names = ["domain", "mb", "words", "unique_words", "alphabetic", "language", "perplexity", "content"]
-    by = pd.DataFrame(made, columns=names).astype({"perplexity": float}).groupby("domain")
+    numbers = {"mb": float, "words": int, "unique_words": float, "alphabetic": float, "perplexity": float}
+    by = pd.DataFrame(made, columns=names).astype(numbers).groupby("domain")  # typed when there are no rows, too
     columns = {"documents": by.size(), "mb": by["mb"].sum(), "words": by["words"].sum()}
     columns |= {"median_words": by["words"].median(), "unique_words": by["unique_words"].mean()}
     columns |= {"alphabetic": by["alphabetic"].mean(), "language": by["language"].agg(lambda codes: codes.mode()[0])}
-    columns |= {"language_share": by["language"].agg(lambda codes: codes.value_counts(normalize=True).max())}
+    most = by["language"].agg(lambda codes: codes.value_counts(normalize=True).max())
+    columns |= {"language_share": most.astype(float)}
     columns |= {"perplexity": by["perplexity"].median(), "duplicates": 1 - by["content"].nunique() / by.size()}
     return pd.DataFrame(columns)
 

@@ -15,7 +15,7 @@ from stackpkg.params import Params, Stage
 
 NEVER = np.iinfo(np.int64).max
 Piece = tuple[int, int, int]  # document, first token inside it, tokens
-permutation = lru_cache(maxsize=256)(mixing.permutation)
+shuffle = lru_cache(maxsize=256)(mixing.Shuffle)
 
 
 class Epochs(NamedTuple):
@@ -60,9 +60,8 @@ class Schedule:
             if d["kind"] == "withdraw":
                 row = self.plan.rows_at(self.plan.position(d["step"])).start
                 self.withdrawn[d["record_id"]] = min(row, self.withdrawn.get(d["record_id"], NEVER))
-        self.gone = np.full(len(self.corpus.tokens), NEVER)
-        if self.withdrawn:
-            self.gone[:] = [self.withdrawn.get(record, NEVER) for record in self.corpus.records]
+        found = self.corpus.find(self.withdrawn)
+        self.gone = np.array([*self.withdrawn.values(), NEVER])[found]  # the last where there is none
 
     def _mixture(self, stage: Stage, read: Mapping[str, float]) -> dict[str, float]:
         """Share of each domain among the text rows of a stage, after `read` tokens of each; only documents that fit its
@@ -96,12 +95,12 @@ class Schedule:
             if epoch >= 0:
                 seen[:] = False
             read = whole if epoch >= 0 else rest
-            seen[read.documents(self.order(len(read), lane, number, epoch)[:left])] = True
+            seen[read.documents(self.order(len(read), lane, number, epoch).at(np.arange(left)))] = True
         return made
 
-    def order(self, rows: int, lane: int, stage: int, epoch: int) -> np.ndarray:
+    def order(self, rows: int, lane: int, stage: int, epoch: int) -> mixing.Shuffle:
         """The order that the rows of an epoch are read in; epoch -1 is what the epoch under way had left."""
-        return permutation(rows, self.p.seed, "rows", self.domains[lane], stage, epoch)
+        return shuffle(rows, self.p.seed, "rows", self.domains[lane], stage, epoch)
 
     def pieces(self, i: int) -> list[Piece]:
         """What row i holds, in its order; of a long-range row, the running text under it."""
@@ -112,7 +111,7 @@ class Schedule:
         if row.ordinal >= len(epochs.rest):
             epoch, place = divmod(row.ordinal - len(epochs.rest), len(epochs.whole))
         rows = epochs.whole if epoch >= 0 else epochs.rest
-        found = rows.row(int(self.order(len(rows), row.lane, row.stage, epoch)[place]))
+        found = rows.row(self.order(len(rows), row.lane, row.stage, epoch)[place])
         return [(int(d), 0, int(self.corpus.tokens[d])) for d in found]
 
     def filler(self, split: str, ordinal: int, context: int) -> list[Piece]:
@@ -147,7 +146,7 @@ class Schedule:
             for epoch, rows in [(-1, epochs.rest), *((epoch, epochs.whole) for epoch in whole)]:
                 start = first + epoch * len(epochs.whole) if epoch >= 0 else 0
                 for row in rows.rows_of(document):
-                    ordinal = start + int(np.flatnonzero(self.order(len(rows), lane, stage, epoch) == row)[0])
+                    ordinal = start + self.order(len(rows), lane, stage, epoch).place(int(row))
                     if ordinal < count:
                         found.append(self.plan.row_number(stage, lane, ordinal))
         return found

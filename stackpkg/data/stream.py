@@ -9,7 +9,7 @@ import numpy as np
 from stackpkg.data import longrange, tokenizer
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.curriculum import Decision, Plan
-from stackpkg.data.schedule import NEVER, Piece, Schedule, permutation
+from stackpkg.data.schedule import NEVER, Piece, Schedule, shuffle
 from stackpkg.params import Params
 
 IGNORE = -100  # label of a token that is not trained on
@@ -123,7 +123,7 @@ class Stream:
     def task(self, split: str, ordinal: int) -> dict[str, Any]:
         """Long-range task of row `ordinal` of the long-range lane."""
         epoch, place = divmod(ordinal, len(self.tasks[split]))
-        return self.tasks[split][permutation(len(self.tasks[split]), self.p.seed, "tasks", epoch)[place]]
+        return self.tasks[split][shuffle(len(self.tasks[split]), self.p.seed, "tasks", epoch)[place]]
 
     # ---- labelled sets
     def carries(self, i: int, rate: str) -> bool:
@@ -137,7 +137,7 @@ class Stream:
         origins = self.origins[name]
         for place in range(i, i + len(origins)):
             epoch, inside = divmod(place, len(origins))
-            chosen = int(permutation(len(origins), self.p.seed, name, epoch)[inside])
+            chosen = shuffle(len(origins), self.p.seed, name, epoch)[inside]
             if all(self.schedule.withdrawn.get(record, NEVER) > i for record in origins[chosen]):
                 return chosen
         raise ValueError(f"every record of the {name} is withdrawn: run notebook 13 again on what is left")
