@@ -60,8 +60,10 @@ class Schedule:
             if d["kind"] == "withdraw":
                 row = self.plan.rows_at(self.plan.position(d["step"])).start
                 self.withdrawn[d["record_id"]] = min(row, self.withdrawn.get(d["record_id"], NEVER))
-        found = self.corpus.find(self.withdrawn)
-        self.gone = np.array([*self.withdrawn.values(), NEVER])[found]  # the last where there is none
+        self.gone = np.full(len(self.corpus.tokens), NEVER)
+        if self.withdrawn:  # to look is to read all records of the index
+            found = self.corpus.find(self.withdrawn)
+            self.gone = np.array([*self.withdrawn.values(), NEVER])[found]  # the last where there is none
 
     def _mixture(self, stage: Stage, read: Mapping[str, float]) -> dict[str, float]:
         """Share of each domain among the text rows of a stage, after `read` tokens of each; only documents that fit its
