@@ -134,6 +134,17 @@ class Evaluation(Section):
     control_steps: int = Field(200, ge=1, description="optimiser steps that each of these models learns")
 
 
+class Retrieval(Section):
+    """The guard on retrieved records, and the search for its threshold (spec: The model, retrieval guard)."""
+
+    sigma_min: float = Field(0.45, ge=-1, le=1, description="least cosine similarity of a record, to begin with")
+    sigma_range: tuple[float, float] = Field((0.35, 0.6), description="where a calibration looks for sigma_min")
+    max_age: float = Field(604_800, gt=0, description="seconds since a record was written")
+    min_trust: Share = 0.6
+    sources: list[str] = Field([], description="domains that a record may come from; empty: all of the corpus")
+    fan_in: int = Field(8, ge=1, le=16, description="records looked at for a query")
+
+
 class Sweep(Section):
     """The automated sweep over loss weights, learning rate, warm-up and clip."""
 
@@ -166,6 +177,7 @@ class Params(Section):
     training: Training = Field(default_factory=Training)
     layout: Layout = Field(default_factory=Layout)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    retrieval: Retrieval = Field(default_factory=Retrieval)
     sweep: Sweep = Field(default_factory=Sweep)
     governance: Governance = Field(default_factory=Governance)
 

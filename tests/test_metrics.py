@@ -15,6 +15,7 @@ from stackpkg import params
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch, router_balance
 from stackpkg.evaluation.ranking import ranking
+from stackpkg.evaluation.retrieval import BINS, Retriever
 from stackpkg.model import build
 
 
@@ -101,7 +102,8 @@ def evaluated(model: torch.nn.Module, stream: Stream, **changes: object) -> dict
             model.lm_head.weight.copy_(kept)
         calls.append("out")
 
-    report = evaluate_epoch(model, stream, profile(**changes), torch.device("cpu"), averaged)
+    p = profile(**changes)
+    report = evaluate_epoch(model, stream, p, torch.device("cpu"), averaged, Retriever(stream, p))
     assert calls == ["in", "out"] and model.training
     return report
 
@@ -143,3 +145,44 @@ def test_a_domain_that_holds_nothing_out_is_left_out(stream: Stream, monkeypatch
     report = evaluated(model, stream)
     assert list(report["validation_loss_by_domain"]) == ["code"]
     assert report["validation_loss"] == report["validation_loss_by_domain"]["code"]
+
+
+def guarded(stream: Stream, model: torch.nn.Module, **limits: object) -> tuple[dict, Retriever]:
+    p = profile(evaluation={"rows": 3, "pairs": 8, "k": 1, "min_precision_at_k": 1.0}, retrieval=limits)
+    retriever = Retriever(stream, p)
+    return retriever.measure(model, torch.device("cpu")), retriever
+
+
+OPEN = {"sigma_min": -1.0, "max_age": 1e12, "min_trust": 0.0, "fan_in": 4}
+
+
+def test_the_guard_rejects_by_what_the_corpus_says_of_each_record(stream: Stream) -> None:
+    model = build(params.Model(config=STACK), stream.vocab_size, stream.pad_id, 3).eval()
+    found, _ = guarded(stream, model, **OPEN)
+    pairs = stream.validation_pairs(8)
+    documents = len(set(pairs["pair_key"].tolist()))
+    looked_at = len(pairs["pair_key"]) * min(4, documents)
+    assert found["guard"]["accepted"] == looked_at == sum(found["guard"]["similarities"])
+    assert len(found["guard"]["similarities"]) == len(BINS) - 1 and not any(found["guard"]["rejected"].values())
+    at_4 = guarded(stream, model, **OPEN | {"fan_in": 1})[0]  # the nearest alone: what of it is relevant is precision@1
+    assert at_4["guard"]["relevant"] / len(pairs["pair_key"]) == pytest.approx(at_4["precision_at_k"])
+    for name, limit in {
+        "age": {"max_age": 1e-3},
+        "source": {"sources": ["nowhere"]},
+        "similarity": {"sigma_min": 1.0},
+    }.items():
+        rejected = guarded(stream, model, **OPEN | limit)[0]["guard"]["rejected"]
+        assert rejected[name] == looked_at and sum(rejected.values()) == looked_at, name
+
+
+def test_an_evaluation_calibrates_what_is_switched_off(stream: Stream) -> None:
+    model = build(params.Model(config=STACK), stream.vocab_size, stream.pad_id, 3).eval()
+    found, retriever = guarded(stream, model, **OPEN, sigma_range=[-1.0, 1.0])
+    assert found["guard"]["on"] and "calibration" not in found["guard"]
+    retriever.switch.on = False
+    tried = retriever.measure(model, torch.device("cpu"))["guard"]
+    if "failed" in tried["calibration"]:
+        assert not tried["on"] and tried["sigma_min"] == -1.0
+    else:
+        assert tried["on"] and tried["sigma_min"] == retriever.switch.sigma_min == tried["calibration"]["sigma_min"]
+        assert tried["relevant"] == tried["accepted"] > 0, "the target is a precision of 1"

@@ -1,5 +1,6 @@
 """Real launches of a tiny model on real text: layouts agree, faults leave no trace, checkpoints fit any layout."""
 
+import json
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -124,7 +125,10 @@ def others(lab: RunFolder, spread: dict[str, Any]) -> dict[str, dict[str, Any]]:
     shard.write_bytes(shard.read_bytes()[:-100])
     spec = launch.describe("narrow", narrow.p, lab, STEPS, narrow.faults)
     write_json(lab / "checkpoints/narrow/job.json", spec)
-    return run(lab, narrow=narrow, llama=Job(profile(1, kind="auto", config=LLAMA), steps=2))
+    deaf = profile(1).model_dump(mode="json")  # evaluates each step, and asks for what so short a run can't reach
+    deaf["training"]["epoch_steps"], deaf["evaluation"]["min_precision_at_k"] = 1, 1.0
+    llama = Job(profile(1, kind="auto", config=LLAMA), steps=2)
+    return run(lab, narrow=narrow, llama=llama, deaf=Job(params.validate(deaf), steps=5))
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +278,21 @@ def test_decisions_are_recorded_once_and_a_resume_repeats_them(decided: RunFolde
     assert ledger.document(made[0]["record_id"]) == []
     withdrawn = [item for item in ledger.step(5) if item["use"] == "withdrawn"]
     assert {item["record_id"] for item in withdrawn} == {made[0]["record_id"]}
+
+
+def test_retrieval_is_switched_off_by_its_alert_and_stays_off_in_the_checkpoint_and_the_result(lab, others) -> None:
+    reports = [read_json(lab.path / f"eval/deaf/epoch_{epoch:03d}.json") for epoch in range(1, 6)]
+    assert max(report["precision_at_k"] for report in reports) < 1
+    assert [report["guard"]["on"] for report in reports] == [True] * 3 + [False] * 2  # after three low evaluations
+    assert all("no sigma_min" in report["guard"]["calibration"]["failed"] for report in reports[3:])
+    assert not any("calibration" in report["guard"] for report in reports[:3])
+    alerts = [json.loads(line) for line in (lab.path / "telemetry/deaf.alerts.jsonl").read_text().splitlines()]
+    assert [a["step"] for a in alerts if a["action"] == "retrieval_off"] == [3]
+    home = lab.path / "checkpoints/deaf"
+    kept = [torch.load(home / f"checkpoint-{step}/state.pt", weights_only=True)["switch"]["on"] for step in (2, 4)]
+    assert kept == [True, False] and not read_json(home / "final/retriever.json")["on"]
+    assert read_json(lab.path / "checkpoints/narrow/final_ema/retriever.json")["on"]
+    assert history(lab, "deaf").rejected_trust.tolist() == [report["guard"]["rejected"]["trust"] for report in reports]
 
 
 @pytest.mark.parametrize("name", ["one", "two"])

@@ -185,7 +185,8 @@ class Stream:
         return self._learnt(made)
 
     def validation_pairs(self, n: int) -> Batch:
-        """At most `n` held-out pairs: query_ids [n, Lq], positive_ids [n, Ld], pair_key [n]."""
+        """At most `n` held-out pairs: query_ids [n, Lq], positive_ids [n, Ld], pair_key, record_id [n]."""
         known = self.schedule.withdrawn
         left = [k for k, origins in enumerate(self._held_out) if origins[0] not in known][:n]
-        return {name: self.pairs["held_out"][name][left] for name in ("query_ids", "positive_ids", "pair_key")}
+        found = {name: self.pairs["held_out"][name][left] for name in ("query_ids", "positive_ids", "pair_key")}
+        return found | {"record_id": np.array([self._held_out[k][0] for k in left], object)}

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stackpkg.data.stream import Batch, Stream
-from stackpkg.evaluation.ranking import ranking
-from stackpkg.model.embedding import embed
+from stackpkg.evaluation.retrieval import Retriever
 from stackpkg.params import Params
 from stackpkg.telemetry.probes import normalised_entropy, routed
 
@@ -59,6 +58,7 @@ def evaluate_epoch(
     p: Params,
     device: torch.device,
     averaged: Callable[[], AbstractContextManager[None]],
+    retriever: Retriever,
 ) -> dict[str, Any]:
     """One report: loss per domain (nats per token), raw and with averaged weights, retrieval, routing, long range.
 
@@ -71,12 +71,7 @@ def evaluate_epoch(
     rows = {name: batch for name, batch in held.items() if len(batch["labels"])}
     parts = {name: _losses(model, batch, device, moe) for name, batch in rows.items()}
     far = _losses(model, stream.long_range(p.evaluation.rows), device, moe)
-    pairs = stream.validation_pairs(p.evaluation.pairs)
-    query, document = (
-        embed(model, torch.as_tensor(pairs[name], device=device), stream.pad_id).float().cpu().numpy()
-        for name in ("query_ids", "positive_ids")
-    )
-    retrieval = ranking(query @ document.T, pairs["pair_key"][:, None] == pairs["pair_key"][None], p.evaluation.k)
+    retrieval = retriever.measure(model, device)
     with averaged():
         ema = _means({name: _losses(model, batch, device, moe) for name, batch in rows.items()})
     layers = [torch.cat(layer) for layer in zip(*(part["router"] for part in parts.values()), strict=True)]
@@ -87,11 +82,7 @@ def evaluate_epoch(
         "validation_loss": float(np.mean(list(losses.values()))),
         "validation_loss_by_domain": losses,
         "ema_validation_loss": float(np.mean(list(ema.values()))),
-        "k": p.evaluation.k,
-        "precision_at_k": retrieval.pop(f"precision_at_{p.evaluation.k}"),
-        "recall_at_k": retrieval.pop(f"recall_at_{p.evaluation.k}"),
         **retrieval,
-        "pairs": len(query),
         "long_range_accuracy": far["right"] / max(1, far["answers"]),
         "long_range_answers": far["answers"],
         "router": balance,

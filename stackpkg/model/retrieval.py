@@ -189,31 +189,23 @@ def calibrate(
 
 
 class Switch:
-    """Retrieval on or off: off after precision@k was below `target` for `patience` evaluations in a row, on again after
-    a calibration. Its state belongs in the checkpoint; every change is returned as an event.
+    """Retrieval on or off. An alert turns it off; a calibration on labelled pairs turns it on again. Its state belongs
+    in the checkpoint.
     """
 
-    def __init__(self, target: float = 0.75, sigma_min: float = 0.45, patience: int = 3) -> None:
-        self.target, self.patience, self.sigma_min = target, patience, sigma_min
-        self.on, self.below = True, 0
+    def __init__(self, sigma_min: float = 0.45) -> None:
+        self.on, self.sigma_min = True, sigma_min
 
-    def observe(self, precision: float) -> dict[str, Any] | None:
-        """One evaluation. A precision of NaN is below any target."""
-        self.below = 0 if precision >= self.target else self.below + 1
-        if not self.on or self.below < self.patience:
-            return None
-        self.on = False
-        told = {"precision_at_k": precision, "target": self.target, "evaluations": self.below}
-        return {"event": "retrieval_off", **told}
-
-    def recalibrate(self, similarities: Tensor, relevant: Tensor) -> dict[str, Any]:
+    def recalibrate(
+        self, similarities: Tensor, relevant: Tensor, target: float, between: tuple[float, float] = (0.35, 0.6)
+    ) -> Calibration:
         """As `calibrate`; on success retrieval is on, with the new sigma_min. On `ValueError` nothing changes."""
-        found = calibrate(similarities, relevant, self.target)
-        before, self.sigma_min, self.on, self.below = self.sigma_min, found.sigma_min, True, 0
-        return {"event": "retrieval_on", "before": before, **found._asdict()}
+        found = calibrate(similarities, relevant, target, between)
+        self.sigma_min, self.on = found.sigma_min, True
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {"on": self.on, "below": self.below, "sigma_min": self.sigma_min}
+        return {"on": self.on, "sigma_min": self.sigma_min}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.on, self.below, self.sigma_min = state["on"], state["below"], state["sigma_min"]
+        self.on, self.sigma_min = state["on"], state["sigma_min"]

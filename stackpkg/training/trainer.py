@@ -21,6 +21,7 @@ from stackpkg.data.provenance import withdrawals_due
 from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
+from stackpkg.evaluation.retrieval import Retriever
 from stackpkg.objectives import Composer, StepCounts, norms, routing
 from stackpkg.params import Params
 from stackpkg.runs import write_json
@@ -67,6 +68,7 @@ class StackTrainer(Trainer):
         self.composer = Composer(p.objectives, routing.routers(model))
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = SkipNonFinite(), guard, faults
+        self.retriever = Retriever(stream, p)
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
         self._raw: list[dict[str, Tensor]] = []
         self._mark = time.perf_counter()
@@ -200,6 +202,7 @@ class StackTrainer(Trainer):
         if self.rank == 0:
             step = self.state.global_step
             alerts = self.guard.observe(row)
+            self.retriever.switch.on &= all(alert["action"] != "retrieval_off" for alert in alerts)
             with (self.folder / "telemetry" / f"{self.name}.alerts.jsonl").open("a", encoding="utf-8") as stream:
                 stream.writelines(
                     json.dumps({"step": step, "attempt": self.attempt, **alert}) + "\n" for alert in alerts
@@ -212,13 +215,14 @@ class StackTrainer(Trainer):
     # ---- evaluation, each epoch
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         epoch = -(-self.state.global_step // self.p.training.epoch_steps)
-        report = evaluate_epoch(self.network, self.stream, self.p, self.args.device, self.ema.swapped)
+        report = evaluate_epoch(self.network, self.stream, self.p, self.args.device, self.ema.swapped, self.retriever)
         reshard(self.network)
         report |= {"epoch": epoch, "step": self.state.global_step, "run": self.p.run, "attempt": self.attempt}
         if self.rank == 0:
             write_json(self.folder / "eval" / self.name / f"epoch_{epoch:03d}.json", report)
         self._decide(self.batches.next_step, report)
         self._row |= {"precision_at_k": report["precision_at_k"], "validation_loss": report["validation_loss"]}
+        self._row |= {f"rejected_{name}": count for name, count in report["guard"]["rejected"].items()}
         metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -248,8 +252,12 @@ class StackTrainer(Trainer):
     # ---- checkpoints: one distributed checkpoint of weights, moments and average, complete or not there
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """An ordinary Hugging Face folder, gathered from the shards; a checkpoint (internal call) has its own form."""
-        if not _internal_call:
-            self.network.save_pretrained(str(output_dir), is_main_process=self.rank == 0)
+        if _internal_call:
+            return
+        self.network.save_pretrained(str(output_dir), is_main_process=self.rank == 0)
+        if self.rank == 0:
+            guard = self.p.retrieval.model_dump(mode="json") | self.retriever.switch.state_dict()
+            write_json(Path(str(output_dir)) / "retriever.json", guard)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._write_row()
@@ -267,6 +275,7 @@ class StackTrainer(Trainer):
             "ema_updates": self.ema.updates,
             "skips": [self.skips.total, self.skips.consecutive],
             "guard": json.dumps(self.guard.state_dict()),
+            "switch": self.retriever.switch.state_dict(),
         }
         checkpoint.save(Path(output_dir), self.network, self.optimizer.optimizer, self.ema, scalars)
 
@@ -279,6 +288,7 @@ class StackTrainer(Trainer):
         self.ema.updates = scalars["ema_updates"]
         self.skips.total, self.skips.consecutive = scalars["skips"]
         self.guard.load_state_dict(json.loads(scalars["guard"]))
+        self.retriever.switch.load_state_dict(scalars["switch"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights come with the moments, in `_load_optimizer_and_scheduler`: one read of one checkpoint."""
