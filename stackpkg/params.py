@@ -121,6 +121,18 @@ class Layout(Section):
         return self
 
 
+class Cluster(Section):
+    """Where a job runs that this machine does not run itself. How many nodes it has is in `layout`."""
+
+    scheduler: Literal["none", "slurm", "kubernetes"] = Field("none", description="none: this machine, or by hand")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs to ask for on each node")
+    grace_seconds: int = Field(300, ge=30, description="from notice to kill: must do for a step and a checkpoint")
+    partition: str = Field("", description="Slurm's; empty: its default")
+    account: str = Field("", description="Slurm's; empty: its default")
+    image: str = Field("", description="Kubernetes: container image with the environment")
+    claim: str = Field("", description="Kubernetes: volume claim that holds the repository")
+
+
 class Evaluation(Section):
     """What is measured each epoch and the targets it must meet."""
 
@@ -176,6 +188,7 @@ class Params(Section):
     optimization: Optimization = Field(default_factory=Optimization)
     training: Training = Field(default_factory=Training)
     layout: Layout = Field(default_factory=Layout)
+    cluster: Cluster = Field(default_factory=Cluster)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     retrieval: Retrieval = Field(default_factory=Retrieval)
     sweep: Sweep = Field(default_factory=Sweep)

@@ -1,0 +1,159 @@
+"""A job on a cluster: a Slurm script or a Kubernetes manifest from the profile, submitted and followed.
+
+Kubernetes gets a plain indexed Job, whose interface is stable and needs no operator. Neither form holds a value of the
+caller's environment, so no secret gets into it. The repository, with its `outbox/`, is on a file system that all nodes
+share.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stackpkg.params import Params
+from stackpkg.runs import read_json, root, write_json, write_text
+
+HEAD = "$HEAD_NODE"  # stands in a command for the address of the first node
+QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+POLL = 5.0  # seconds between two looks at a job
+
+
+def name_of(p: Params, name: str) -> str:
+    """What the cluster calls the job: letters, digits and hyphens (RFC 1123)."""
+    return re.sub(r"[^a-z0-9]+", "-", f"stackpkg-{p.run}-{name}".lower())[:52].strip("-")
+
+
+def slurm(p: Params, name: str, command: Sequence[str]) -> str:
+    """A batch script that runs `command` on every node. Before a preemption, or the end of its time, Slurm tells the
+    script, which asks for the job's own stop: one checkpoint that all ranks agree on. Then it is queued again.
+    """
+    cluster, home = p.cluster, f"outbox/{p.run}/checkpoints/{name}"
+    options = {
+        "job-name": name_of(p, name), "nodes": p.layout.nodes, "ntasks-per-node": 1,
+        "gpus-per-node": cluster.gpus_per_node, "time": int(p.layout.timeout_minutes), "partition": cluster.partition,
+        "account": cluster.account, "signal": f"B:TERM@{cluster.grace_seconds}", "open-mode": "append",
+        "output": f"{home}/log.txt",
+    }  # fmt: skip
+    heads = [f"#SBATCH --{key}={value}" for key, value in options.items() if value]
+    line = " ".join(f'"{part}"' if HEAD in part else shlex.quote(part) for part in command)
+    return "\n".join([
+        "#!/bin/bash", *heads, "#SBATCH --requeue", "set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"',
+        *(f"export {key}={value}" for key, value in QUIET.items()),
+        'export HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        f"home={shlex.quote(home)}", "preempted=",
+        """trap 'preempted=1; echo preempted > "$home/stop"' TERM""",
+        '! grep -qsx preempted "$home/stop" || rm "$home/stop"  # of an attempt that was killed before it saw it',
+        f"srun --kill-on-bad-exit=1 {line} &", "job=$! code=0",
+        'while kill -0 "$job" 2>/dev/null; do wait "$job" && code=0 || code=$?; done',
+        'if [ -n "$preempted" ] && [ ! -e "$home/done.json" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$code"', "",
+    ])  # fmt: skip
+
+
+def kubernetes(p: Params, name: str, command: Sequence[str]) -> str:
+    """A headless Service and an indexed Job of one pod a node. A preempted pod gets SIGTERM, which torchrun hands on to
+    the ranks; it counts for no failure, and the pod that takes its place goes on from the checkpoint.
+    """
+    cluster, called, nodes = p.cluster, name_of(p, name), p.layout.nodes
+    if not (cluster.image and cluster.claim):
+        raise ValueError(
+            "kubernetes needs cluster.image, which has the environment, and cluster.claim, a volume claim "
+            "that holds the repository; give both"
+        )
+    volumes = {"repository": {"persistentVolumeClaim": {"claimName": cluster.claim}},
+               "shm": {"emptyDir": {"medium": "Memory"}}}  # fmt: skip
+    mounts = {"repository": "/repository", "shm": "/dev/shm"}  # noqa: S108  NCCL's shared memory
+    pod: dict[str, Any] = {
+        "subdomain": called, "restartPolicy": "Never", "terminationGracePeriodSeconds": cluster.grace_seconds,
+        "containers": [{
+            "name": "node", "image": cluster.image, "workingDir": mounts["repository"],
+            "command": [part.replace(HEAD, f"{called}-0.{called}") for part in command],
+            "env": [{"name": key, "value": value} for key, value in QUIET.items()],
+            "resources": {"limits": {"nvidia.com/gpu": cluster.gpus_per_node}} if cluster.gpus_per_node else {},
+            "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in mounts.items()],
+        }],
+        "volumes": [{"name": volume, **source} for volume, source in volumes.items()],
+    }  # fmt: skip
+    job = {
+        "completionMode": "Indexed", "completions": nodes, "parallelism": nodes,
+        "backoffLimit": nodes * p.layout.restarts,
+        "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
+        "template": {"metadata": {"labels": {"app": called}}, "spec": pod},
+    }  # fmt: skip
+    service = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"app": called}}
+    return yaml.safe_dump_all(
+        [
+            {"apiVersion": "v1", "kind": "Service", "metadata": {"name": called}, "spec": service},
+            {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": called}, "spec": job},
+        ],
+        sort_keys=False,
+    )
+
+
+def render(p: Params, name: str, command: Sequence[str]) -> str:
+    """What is submitted. Raises `ValueError` for a profile that names no scheduler."""
+    if p.cluster.scheduler == "none":
+        raise ValueError("cluster.scheduler is none; give slurm or kubernetes")
+    return (slurm if p.cluster.scheduler == "slurm" else kubernetes)(p, name, command)
+
+
+def _ask(*command: str) -> str:
+    if not shutil.which(command[0]):
+        raise ValueError(f"{command[0]} is not on the path: launch from a machine that may submit, or set cluster")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root(), timeout=120)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def submit(p: Params, name: str, home: Path, command: Sequence[str]) -> str:
+    """Write the script or manifest into the job's folder and submit it; the cluster's id of the job."""
+    if p.cluster.scheduler == "slurm":
+        script = write_text(home / "launch.sbatch", render(p, name, command))
+        return _ask("sbatch", "--parsable", str(script)).partition(";")[0]
+    manifest = write_text(home / "launch.yaml", render(p, name, command))
+    _ask("kubectl", "delete", "job", name_of(p, name), "--ignore-not-found", "--wait")  # a Job can't be changed
+    _ask("kubectl", "apply", "--filename", str(manifest))
+    return name_of(p, name)
+
+
+def alive(p: Params, job: str) -> bool:
+    """Whether the cluster still has the job, waiting or running."""
+    if p.cluster.scheduler == "slurm":
+        return bool(_ask("squeue", "--noheader", "--format=%T", f"--name={job}"))
+    ended = '--output=jsonpath={.status.conditions[?(@.status=="True")].type}'
+    return not {"Complete", "Failed"} & set(_ask("kubectl", "get", "job", job, "--ignore-not-found", ended).split())
+
+
+def follow(p: Params, name: str, home: Path, command: Sequence[str], ended: Callable[[], bool]) -> None:
+    """Submit the job, unless the cluster has it still, and wait until it `ended`, or the cluster has it no more.
+
+    Raises `TimeoutError` past `layout.timeout_minutes`; the cluster then goes on, and another call follows it again.
+    """
+    called, known = name_of(p, name), home / "submitted.json"
+    if not (known.exists() and alive(p, called)):
+        job = submit(p, name, home, command)
+        write_json(known, {"scheduler": p.cluster.scheduler, "id": job})
+        print(f"[{name}] submitted to {p.cluster.scheduler} as {job}", flush=True)
+    deadline, log, shown = time.monotonic() + 60 * p.layout.timeout_minutes, home / "log.txt", 0
+    while True:
+        over = ended() or not alive(p, called)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        for line in lines[shown:]:
+            if line.startswith(f"[{name}]"):
+                print(line, flush=True)
+        shown = len(lines)
+        if over:
+            return
+        if time.monotonic() > deadline:
+            job = read_json(known)["id"]
+            raise TimeoutError(f"{name} is still on the cluster, as {job}; the same launch follows it again")
+        time.sleep(POLL)
