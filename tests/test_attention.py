@@ -273,7 +273,7 @@ def kernel(layer: SelfAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize("scoped", [None, False, True])
-@pytest.mark.parametrize("lengths", [[1], [300], [37, 1, 430, 200]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [300], [37, 1, 430, 200], [512, 9, 600]], ids=str)
 @pytest.mark.parametrize("name", ["elu", "favor"])
 def test_linear_attention_equals_the_dense_kernel(name: str, lengths: list[int], scoped: bool | None) -> None:
     layer, length = small(feature_map=name).model.layers[0].self_attn, sum(lengths)
@@ -296,6 +296,15 @@ def test_linear_attention_equals_the_dense_kernel(name: str, lengths: list[int],
     torch.testing.assert_close(out[0], expected, atol=1e-5, rtol=1e-5)
     if scopes is not None:
         torch.testing.assert_close(mass[0], (p * bad).sum(-1).T, atol=1e-5, rtol=1e-5)
+
+
+def test_random_features_are_made_piece_by_piece() -> None:
+    layer, length = small(feature_map="favor").model.layers[0].self_attn, 8 * linear.PIECE
+    x, positions = torch.randn(1, length, 32, requires_grad=True), packed([length])
+    rotation = rotary(layer.config, positions, x.dtype)
+    with Largest() as largest:
+        layer(x, rotation, documents(positions), None)[0].sum().backward()
+    assert largest.numbers <= length * 40, f"{largest.numbers} numbers; the features of all queries are {length * 128}"
 
 
 def test_rows_past_the_switch_length_are_linear_and_others_are_not() -> None:

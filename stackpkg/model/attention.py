@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,10 +108,13 @@ class SelfAttention(Projections):
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor] | None]:
         codec = kv_codec.measure(k, v, keep=self.config.sliding_window) if measure else {}
         dtype, (q, k, v) = v.dtype, (t.float() for t in (q, k, v))
-        if self.config.feature_map == "elu":
-            q, k = linear.elu(q), linear.elu(k)
-        else:
-            q, k = linear.favor(q, self.features, True), linear.favor(k, self.features, False)
+        maps: linear.Maps = linear.elu, linear.elu
+        if self.config.feature_map == "favor":
+            favor = partial(linear.favor, omega=self.features)
+            maps = partial(favor, query=True), partial(favor, query=False)
+        if scopes is None and not measure:
+            return linear.attend(q, k, v, document, maps).to(dtype), None, None
+        q, k = maps[0](q), maps[1](k)
         found = {**linear_statistics(q, k, document), **codec} if measure else None
         if scopes is None:
             return linear.attend(q, k, v, document).to(dtype), None, found
