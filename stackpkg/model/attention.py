@@ -89,19 +89,24 @@ class SelfAttention(Projections):
             rotate(self.k_norm(pool(raw, scores, levels.mates)), *layout.rotation),
             pool(v, scores, levels.mates),
         )
-        queries = cut.split(q).flatten(0, 2).transpose(1, 2)
+        queries = [part.flatten(0, 2).transpose(1, 2) for part in cut.split(q)]
         keys, values = cut.keys(k, far_k, levels.chosen), cut.keys(v, far_v, levels.chosen)
         found = statistics(self.config, self.pattern, queries, keys, layout, k, v) if measure else None
-        mass = None
-        if layout.classes is not None and layout.forbidden is not None:
-            classes = layout.forbidden.shape[-1]
-            values = torch.cat((values, layout.classes.expand(-1, values.shape[1], -1, -1)), -1)
-            queries, keys = F.pad(queries, (0, classes)), F.pad(keys, (0, classes))
-        out = F.scaled_dot_product_attention(queries, keys, values, layout.mask, scale=d**-0.5, enable_gqa=True)
-        out = cut.join(out, batch, length)
-        if layout.forbidden is not None:
-            out, mass = out[..., :d].contiguous(), (out[..., d:] * layout.forbidden).sum(-1)
-        return out, mass, found
+        if layout.classes is not None:
+            classes = layout.classes[0].shape[-1]
+            values = [
+                torch.cat((part, more.expand(-1, part.shape[1], -1, -1)), -1)
+                for part, more in zip(values, layout.classes, strict=True)
+            ]
+            queries, keys = ([F.pad(part, (0, classes)) for part in parts] for parts in (queries, keys))
+        parts = [
+            F.scaled_dot_product_attention(*part, scale=d**-0.5, enable_gqa=True)
+            for part in zip(queries, keys, values, layout.masks, strict=True)
+        ]
+        out = cut.join(parts, batch, length)
+        if layout.forbidden is None:
+            return out, None, found
+        return out[..., :d].contiguous(), (out[..., d:] * layout.forbidden).sum(-1), found
 
     def linearised(
         self, q: Tensor, k: Tensor, v: Tensor, document: Tensor, scopes: Scopes | None, measure: bool
