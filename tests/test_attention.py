@@ -174,6 +174,19 @@ def test_a_chunk_reads_every_finished_block_once_and_the_nearest_as_they_are(
     assert len(found.mates) <= 2 + math.log2(max(1, length / c.segment))
 
 
+@pytest.mark.parametrize("pattern", PATTERNS[:3])
+def test_the_start_of_a_row_reads_no_padding_and_its_parts_are_bounded(pattern: str) -> None:
+    c = small(attention_pattern=pattern, sliding_window=512, block_size=128).config
+    positions = torch.arange(9000)[None]
+    found = layout(c, pattern, positions, torch.float32)
+    cut, far = found.cut, found.pyramid.chosen.shape[1]
+    keys = [mask.shape[-1] - 1 - far for mask in found.masks]
+    assert keys[: cut.before] == [cut.chunk * (i + 1) for i in range(cut.before)]
+    assert set(keys[cut.before :]) == {cut.chunk * (cut.before + 1)}
+    queries = [mask.shape[0] * cut.chunk for mask in found.masks]
+    assert 9000 <= sum(queries) < 9000 + cut.chunk * cut.dilation and max(queries) <= 2048
+
+
 MODES = [{"attention_pattern": p, "summary_pooling": s} for p, s in itertools.product(PATTERNS, POOLINGS)]
 MODES += [LINEAR | {"feature_map": name} for name in ("elu", "favor")]
 

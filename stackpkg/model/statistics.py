@@ -30,9 +30,9 @@ def statistics(
     last = (levels.last // config.block_size + 1)[levels.chosen] * config.block_size - 1
     places = zip(cut.split(token, length), cut.near(token, -1), last.split(cut.sizes(len(last))), strict=True)
     entropy = share = counted = k.new_zeros((), dtype=torch.float32)
-    for q, keys_of, mask, (query, near, far) in zip(queries, keys, layout.masks, places, strict=True):
+    for q, keys_of, mask, (query, reads, far) in zip(queries, keys, layout.masks, places, strict=True):
         p = probabilities(q, keys_of, mask).unflatten(0, (batch, -1))  # [b, n / b, heads, chunk, keys]
-        query, near = query.flatten(0, 2)[..., None], torch.cat(near, 3).flatten(0, 2)[:, None]
+        query, near = query.flatten(0, 2)[..., None], torch.cat(reads, 3).flatten(0, 2)[:, None]
         back = query - near
         if pattern == "block":
             outside = near // (w // 2) < query // (w // 2) - 1
