@@ -174,6 +174,19 @@ def test_a_chunk_reads_every_finished_block_once_and_the_nearest_as_they_are(
     assert len(found.mates) <= 2 + math.log2(max(1, length / c.segment))
 
 
+@pytest.mark.parametrize("pattern", PATTERNS[:3])
+def test_the_start_of_a_row_reads_no_padding_and_its_parts_are_bounded(pattern: str) -> None:
+    c = small(attention_pattern=pattern, sliding_window=512, block_size=128).config
+    positions = torch.arange(9000)[None]
+    found = layout(c, pattern, positions, torch.float32)
+    cut, far = found.cut, found.pyramid.chosen.shape[1]
+    keys = [mask.shape[-1] - 1 - far for mask in found.masks]
+    assert keys[: cut.before] == [cut.chunk * (i + 1) for i in range(cut.before)]
+    assert set(keys[cut.before :]) == {cut.chunk * (cut.before + 1)}
+    queries = [mask.shape[0] * cut.chunk for mask in found.masks]
+    assert 9000 <= sum(queries) < 9000 + cut.chunk * cut.dilation and max(queries) <= 2048
+
+
 MODES = [{"attention_pattern": p, "summary_pooling": s} for p, s in itertools.product(PATTERNS, POOLINGS)]
 MODES += [LINEAR | {"feature_map": name} for name in ("elu", "favor")]
 
@@ -273,7 +286,7 @@ def kernel(layer: SelfAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize("scoped", [None, False, True])
-@pytest.mark.parametrize("lengths", [[1], [300], [37, 1, 430, 200]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [300], [37, 1, 430, 200], [512, 9, 600]], ids=str)
 @pytest.mark.parametrize("name", ["elu", "favor"])
 def test_linear_attention_equals_the_dense_kernel(name: str, lengths: list[int], scoped: bool | None) -> None:
     layer, length = small(feature_map=name).model.layers[0].self_attn, sum(lengths)
@@ -296,6 +309,15 @@ def test_linear_attention_equals_the_dense_kernel(name: str, lengths: list[int],
     torch.testing.assert_close(out[0], expected, atol=1e-5, rtol=1e-5)
     if scopes is not None:
         torch.testing.assert_close(mass[0], (p * bad).sum(-1).T, atol=1e-5, rtol=1e-5)
+
+
+def test_random_features_are_made_piece_by_piece() -> None:
+    layer, length = small(feature_map="favor").model.layers[0].self_attn, 8 * linear.PIECE
+    x, positions = torch.randn(1, length, 32, requires_grad=True), packed([length])
+    rotation = rotary(layer.config, positions, x.dtype)
+    with Largest() as largest:
+        layer(x, rotation, documents(positions), None)[0].sum().backward()
+    assert largest.numbers <= length * 40, f"{largest.numbers} numbers; the features of all queries are {length * 128}"
 
 
 def test_rows_past_the_switch_length_are_linear_and_others_are_not() -> None:
@@ -396,11 +418,11 @@ def test_entropy_is_1_when_attention_is_uniform_and_no_edge_is_forbidden(mode: d
     assert found["masked_edge_share"].shape == (2, 4) and found["masked_edge_share"].max() == 0
 
 
-@pytest.mark.parametrize(("pattern", "key"), [("sliding", 16), ("dilated", 16), ("block", 12)])
-def test_a_leaking_mask_is_seen_in_every_pattern(pattern: str, key: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pattern", PATTERNS[:3])
+def test_a_leaking_mask_is_seen_in_every_pattern(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def leaky(*arguments: object) -> object:
         found = layout(*arguments)
-        found.mask[0, 0, 0, key + 2] = 0.0  # the first query sees a later one of its chunk
+        found.masks[0][0, 0, 0, 2] = 0.0  # the first query sees a later one of its chunk
         return found
 
     monkeypatch.setattr("stackpkg.model.modeling.layout", leaky)

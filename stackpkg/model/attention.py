@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,29 +89,37 @@ class SelfAttention(Projections):
             rotate(self.k_norm(pool(raw, scores, levels.mates)), *layout.rotation),
             pool(v, scores, levels.mates),
         )
-        queries = cut.split(q).flatten(0, 2).transpose(1, 2)
+        queries = [part.flatten(0, 2).transpose(1, 2) for part in cut.split(q)]
         keys, values = cut.keys(k, far_k, levels.chosen), cut.keys(v, far_v, levels.chosen)
         found = statistics(self.config, self.pattern, queries, keys, layout, k, v) if measure else None
-        mass = None
-        if layout.classes is not None and layout.forbidden is not None:
-            classes = layout.forbidden.shape[-1]
-            values = torch.cat((values, layout.classes.expand(-1, values.shape[1], -1, -1)), -1)
-            queries, keys = F.pad(queries, (0, classes)), F.pad(keys, (0, classes))
-        out = F.scaled_dot_product_attention(queries, keys, values, layout.mask, scale=d**-0.5, enable_gqa=True)
-        out = cut.join(out, batch, length)
-        if layout.forbidden is not None:
-            out, mass = out[..., :d].contiguous(), (out[..., d:] * layout.forbidden).sum(-1)
-        return out, mass, found
+        if layout.classes is not None:
+            classes = layout.classes[0].shape[-1]
+            values = [
+                torch.cat((part, more.expand(-1, part.shape[1], -1, -1)), -1)
+                for part, more in zip(values, layout.classes, strict=True)
+            ]
+            queries, keys = ([F.pad(part, (0, classes)) for part in parts] for parts in (queries, keys))
+        parts = [
+            F.scaled_dot_product_attention(*part, scale=d**-0.5, enable_gqa=True)
+            for part in zip(queries, keys, values, layout.masks, strict=True)
+        ]
+        out = cut.join(parts, batch, length)
+        if layout.forbidden is None:
+            return out, None, found
+        return out[..., :d].contiguous(), (out[..., d:] * layout.forbidden).sum(-1), found
 
     def linearised(
         self, q: Tensor, k: Tensor, v: Tensor, document: Tensor, scopes: Scopes | None, measure: bool
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor] | None]:
         codec = kv_codec.measure(k, v, keep=self.config.sliding_window) if measure else {}
         dtype, (q, k, v) = v.dtype, (t.float() for t in (q, k, v))
-        if self.config.feature_map == "elu":
-            q, k = linear.elu(q), linear.elu(k)
-        else:
-            q, k = linear.favor(q, self.features, True), linear.favor(k, self.features, False)
+        maps: linear.Maps = linear.elu, linear.elu
+        if self.config.feature_map == "favor":
+            favor = partial(linear.favor, omega=self.features)
+            maps = partial(favor, query=True), partial(favor, query=False)
+        if scopes is None and not measure:
+            return linear.attend(q, k, v, document, maps).to(dtype), None, None
+        q, k = maps[0](q), maps[1](k)
         found = {**linear_statistics(q, k, document), **codec} if measure else None
         if scopes is None:
             return linear.attend(q, k, v, document).to(dtype), None, found

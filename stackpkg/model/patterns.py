@@ -13,6 +13,8 @@ from stackpkg.model.rotary import rotary
 from stackpkg.model.scopes import Scopes
 from stackpkg.model.summaries import Pyramid, pool, pyramid
 
+PART = 2048  # tokens
+
 
 def documents(positions: Tensor) -> Tensor:
     """Number of the document each token is in, [b, L], of packed rows: positions restart at 0 with each document."""
@@ -38,43 +40,56 @@ class Cut(NamedTuple):
         chunk = min(w, max(64, -(-w // 4)))
         return cls(chunk, -(-(w - 1) // chunk), config.dilation if pattern == "dilated" else 1)
 
-    def split(self, t: Tensor, fill: int = 0) -> Tensor:
-        """[b, L, ...] -> [b, dilation, chunks, chunk, ...]."""
+    def sizes(self, chunks: int) -> list[int]:
+        """Chunks of each part of a row: one for those at its start, that have fewer than `before` earlier ones to read
+        and are spared the padding; then as many as make PART tokens, so that what a part holds is small.
+        """
+        alone, many = min(self.before, chunks), max(1, PART // (self.chunk * self.dilation))
+        return [1] * alone + [min(many, chunks - first) for first in range(alone, chunks, many)]
+
+    def split(self, t: Tensor, fill: int = 0) -> tuple[Tensor, ...]:
+        """[b, L, ...] -> [b, dilation, chunks, chunk, ...] of each part."""
         span = self.chunk * self.dilation
         padded = F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % span), value=fill)
-        return padded.unflatten(1, (-1, self.chunk, self.dilation)).movedim(3, 1)
+        chunks = padded.unflatten(1, (-1, self.chunk, self.dilation)).movedim(3, 1)
+        return chunks.split(self.sizes(chunks.shape[2]), 2)
 
-    def near(self, t: Tensor, fill: int = 0) -> Tensor:
-        """[b, L, ...] -> [b, dilation, chunks, (before + 1) * chunk, ...]: each chunk behind those before it."""
-        t = self.split(t, fill)
-        chunks, first = t.shape[2], t.new_full((*t.shape[:2], self.before, *t.shape[3:]), fill)
-        t = torch.cat((first, t), 2)
-        return torch.cat([t[:, :, i : i + chunks] for i in range(self.before + 1)], 3)
+    def near(self, t: Tensor, fill: int = 0) -> list[list[Tensor]]:
+        """As `split`, but each part is what its chunks read, a list of up to `before` + 1: before, and themselves."""
+        read, earlier = [], None
+        for part in self.split(t, fill):
+            count = part.shape[2]
+            part = part if earlier is None else torch.cat((earlier, part), 2)
+            reach = part.shape[2] - count
+            read.append([part[:, :, i : i + count] for i in range(reach + 1)])
+            earlier = part[:, :, max(0, part.shape[2] - self.before) :]
+        return read
 
-    def keys(self, near: Tensor, far: Tensor, index: Tensor) -> Tensor:
-        """Keys or values: near [b, L, heads, d] and summaries [b, S, heads, d] -> [n, heads, keys, d]. The keys are the
-        near ones, the null slot (zeros), and the summaries at `index` [chunks, far]. n = b * dilation * chunks.
+    def keys(self, near: Tensor, far: Tensor, index: Tensor) -> list[Tensor]:
+        """Keys or values of each part: near [b, L, heads, d] and summaries [b, S, heads, d] -> [n, heads, keys, d]. The
+        keys are the near ones, the null slot (zeros), and the summaries at `index` [chunks, far]. n = b * dilation *
+        the chunks of the part.
         """
-        local, far = self.near(near), far[:, index.flatten()].unflatten(1, index.shape)
-        far = F.pad(far, (0, 0, 0, 0, 1, 0))[:, None].expand(-1, self.dilation, -1, -1, -1, -1)
-        return torch.cat((local, far), 3).flatten(0, 2).transpose(1, 2)
+        far = F.pad(far[:, index.flatten()].unflatten(1, index.shape), (0, 0, 0, 0, 1, 0))[:, None]
+        parts = far.expand(-1, self.dilation, -1, -1, -1, -1).split(self.sizes(len(index)), 2)
+        joined = (torch.cat((*local, part), 3) for local, part in zip(self.near(near), parts, strict=True))
+        return [part.flatten(0, 2).transpose(1, 2) for part in joined]
 
-    def join(self, out: Tensor, batch: int, length: int) -> Tensor:
-        """[n, heads, chunk, d] -> [b, L, heads, d], contiguous."""
-        out = out.transpose(1, 2).unflatten(0, (batch, self.dilation, -1))
+    def join(self, parts: list[Tensor], batch: int, length: int) -> Tensor:
+        """[n, heads, chunk, d] of each part -> [b, L, heads, d], contiguous."""
+        out = torch.cat([part.transpose(1, 2).unflatten(0, (batch, self.dilation, -1)) for part in parts], 2)
         return out.movedim(1, 3).flatten(1, 3)[:, :length].contiguous()
 
 
 class Layout(NamedTuple):
-    """What the layers of one pattern share."""
+    """What the layers of one pattern share; tuples have an item for each part of a row."""
 
     cut: Cut
-    mask: Tensor  # 0 or -inf [n, 1, chunk, keys]
+    masks: tuple[Tensor, ...]  # 0 or -inf [n, 1, chunk, keys]
     pyramid: Pyramid
     rotation: tuple[Tensor, Tensor]  # of the summaries, [b, S, head_dim]
-    classes: (
-        Tensor | None
-    )  # [n, 1, keys, scope classes]: 1 for the class of a key; of a summary, the mean of its tokens
+    # [n, 1, keys, scope classes]: 1 for the class of a key; of a summary, the mean of its tokens
+    classes: list[Tensor] | None
     forbidden: Tensor | None  # bool [b, L, 1, scope classes]
 
 
@@ -88,24 +103,28 @@ def layout(
     """
     cut, document, (batch, length) = Cut.of(config, pattern), documents(positions), positions.shape
     token = torch.arange(length, device=positions.device)[None]
-    query, key = cut.split(token, length)[..., None], cut.near(token, -1)[..., None, :]
-    levels = pyramid(config, document, positions, query.shape[2], cut.chunk * cut.dilation)
-    far_document, end = document[:, levels.last][:, levels.chosen], levels.end[levels.chosen]
-    own = cut.split(document)[..., None]
-    near = (key >= 0) & (key <= query) & (cut.near(document)[..., None, :] == own)
-    if pattern != "block":
-        near &= key > query - config.sliding_window * cut.dilation
-    far = levels.read[:, None] & (end[:, None] <= query) & (far_document[:, None, :, None] == own)
-    classes = forbidden = None
+    chunks = -(-length // (cut.chunk * cut.dilation))
+    levels = pyramid(config, document, positions, chunks, cut.chunk * cut.dilation)
+    classes = forbidden = barred = None
     if scopes is not None:
         which = F.one_hot(scopes.of, scopes.allowed.shape[-1]).to(dtype)[:, :, None]
         pooled = pool(which, which.new_zeros(batch, length, 1), levels.mates)
         classes, forbidden = cut.keys(which, pooled, levels.chosen), ~scopes.allowed[:, :, None]
-        if scopes.enforce:
-            barred = cut.split(~scopes.allowed).to(dtype)  # [b, dilation, chunks, chunk, classes]
-            edges = barred @ classes[:, 0].unflatten(0, barred.shape[:3]).transpose(-1, -2) > 0
-            count = key.shape[-1]
-            near, far = near & ~edges[..., :count], far & ~edges[..., count + 1 :]
-    seen = torch.cat((near, near.new_ones(1).expand(*near.shape[:-1], 1), far), -1).flatten(0, 2)[:, None]
-    mask = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
-    return Layout(cut, mask, levels, rotary(config, levels.middle, dtype), classes, forbidden)
+        barred = cut.split(~scopes.allowed) if scopes.enforce else None
+    sizes, masks = cut.sizes(chunks), []
+    reads, ends = (t.split(sizes) for t in (levels.read, levels.end[levels.chosen]))
+    far_documents = document[:, levels.last][:, levels.chosen].split(sizes, 1)
+    parts = zip(cut.split(token, length), cut.near(token, -1), cut.split(document), cut.near(document), strict=True)
+    for i, (query, keys, own, documents_near) in enumerate(parts):
+        query, own, key = query[..., None], own[..., None], torch.cat(keys, 3)[..., None, :]
+        near = (key >= 0) & (key <= query) & (torch.cat(documents_near, 3)[..., None, :] == own)
+        if pattern != "block":
+            near &= key > query - config.sliding_window * cut.dilation
+        far = reads[i][:, None] & (ends[i][:, None] <= query) & (far_documents[i][:, None, :, None] == own)
+        if barred is not None and classes is not None:
+            lacking = barred[i].to(dtype)  # [b, dilation, chunks, chunk, classes]
+            edges = lacking @ classes[i][:, 0].unflatten(0, lacking.shape[:3]).transpose(-1, -2) > 0
+            near, far = near & ~edges[..., : key.shape[-1]], far & ~edges[..., key.shape[-1] + 1 :]
+        seen = torch.cat((near, near.new_ones(1).expand(*near.shape[:-1], 1), far), -1).flatten(0, 2)[:, None]
+        masks.append(torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf))
+    return Layout(cut, tuple(masks), levels, rotary(config, levels.middle, dtype), classes, forbidden)

@@ -15,39 +15,50 @@ SAMPLED = 64  # queries of a row that `linear_statistics` looks at
 
 @torch.no_grad()
 def statistics(
-    config: StackConfig, pattern: str, queries: Tensor, keys: Tensor, layout: Layout, k: Tensor, v: Tensor
+    config: StackConfig, pattern: str, queries: list[Tensor], keys: list[Tensor], layout: Layout, k: Tensor, v: Tensor
 ) -> dict[str, Tensor]:
-    """From chunked queries and keys [n, heads, ., d] of a pattern, and the plain k and v [b, L, heads, d].
+    """From chunked queries and keys [n, heads, ., d] of each part of rows, and the plain k and v [b, L, heads, d].
 
     Per head: `entropy`, mean of H / log(visible keys) over rows that see more than one key (the null slot counts),
     and `masked_edge_share`, probability on keys that causality or the pattern forbid. Then the KV codec's round trip.
     The probabilities are those of the kernel itself, read by giving it the identity as values; the forbidden edges
     are derived from token positions, not from the mask.
     """
-    count, width, cut, levels = keys.shape[2], queries.shape[-1], layout.cut, layout.pyramid
-    identity = F.pad(torch.eye(count, dtype=keys.dtype, device=keys.device), (0, -count % width))
-    parts = [part.expand(*keys.shape[:2], -1, -1) for part in identity.split(width, 1)]
-    read = [F.scaled_dot_product_attention(queries, keys, part, layout.mask, enable_gqa=True) for part in parts]
-    p = torch.cat(read, -1)[..., :count].float().unflatten(0, (len(k), -1))  # [b, n / b, heads, chunk, keys]
-
-    (batch, length), w = k.shape[:2], config.sliding_window
-    token = torch.arange(length, device=p.device)[None]
-    query, near = cut.split(token, length).flatten(0, 2)[..., None], cut.near(token, -1).flatten(0, 2)[:, None]
-    back = query - near
-    if pattern == "block":
-        outside = near // (w // 2) < query // (w // 2) - 1
-    else:
-        outside = (back >= w * cut.dilation) | (back % cut.dilation != 0)
+    (batch, length), w, cut, levels = k.shape[:2], config.sliding_window, layout.cut, layout.pyramid
+    token = torch.arange(length, device=k.device)[None]
     # of a summary the last token of its last block must lie in the past, not only its own last token
     last = (levels.last // config.block_size + 1)[levels.chosen] * config.block_size - 1
-    far = last.repeat(cut.dilation, 1)[:, None] > query
-    forbidden = torch.cat(((back < 0) | (near < 0) | outside, torch.zeros_like(outside[..., :1]), far), -1)[:, None]
-    seen = (layout.mask == 0).sum(-1).unflatten(0, (batch, -1))
-    rows = (query[..., 0] < length)[:, None] & (seen > 1)  # [b, n / b, 1, chunk]
-    # H / log n, with H = -sum_j p_j log p_j over the n visible keys
-    entropy = torch.special.entr(p).sum(-1) / seen.clamp_min(2).log()
-    mean = [(value * rows).sum((0, 1, 3)) / rows.sum() for value in (entropy, (p * forbidden).sum(-1))]
-    return {"entropy": mean[0], "masked_edge_share": mean[1], **kv_codec.measure(k, v, keep=w)}
+    places = zip(cut.split(token, length), cut.near(token, -1), last.split(cut.sizes(len(last))), strict=True)
+    entropy = share = counted = k.new_zeros((), dtype=torch.float32)
+    for q, keys_of, mask, (query, reads, far) in zip(queries, keys, layout.masks, places, strict=True):
+        p = probabilities(q, keys_of, mask).unflatten(0, (batch, -1))  # [b, n / b, heads, chunk, keys]
+        query, near = query.flatten(0, 2)[..., None], torch.cat(reads, 3).flatten(0, 2)[:, None]
+        back = query - near
+        if pattern == "block":
+            outside = near // (w // 2) < query // (w // 2) - 1
+        else:
+            outside = (back >= w * cut.dilation) | (back % cut.dilation != 0)
+        later = far.repeat(cut.dilation, 1)[:, None] > query
+        hidden = torch.cat(((back < 0) | (near < 0) | outside, torch.zeros_like(outside[..., :1]), later), -1)[:, None]
+        seen = (mask == 0).sum(-1).unflatten(0, (batch, -1))
+        rows = (query[..., 0] < length)[:, None] & (seen > 1)  # [b, n / b, 1, chunk]
+        # H / log n, with H = -sum_j p_j log p_j over the n visible keys
+        certainty = torch.special.entr(p).sum(-1) / seen.clamp_min(2).log()
+        entropy, share = (
+            total + (value * rows).sum((0, 1, 3))
+            for total, value in ((entropy, certainty), (share, (p * hidden).sum(-1)))
+        )
+        counted = counted + rows.sum()
+    return {"entropy": entropy / counted, "masked_edge_share": share / counted, **kv_codec.measure(k, v, keep=w)}
+
+
+def probabilities(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """What the kernel gives each key, fp32 [n, heads, chunk, keys]: the output for the identity as values."""
+    count, width = keys.shape[2], queries.shape[-1]
+    identity = F.pad(torch.eye(count, dtype=keys.dtype, device=keys.device), (0, -count % width))
+    parts = [part.expand(*keys.shape[:2], -1, -1) for part in identity.split(width, 1)]
+    read = [F.scaled_dot_product_attention(queries, keys, part, mask, enable_gqa=True) for part in parts]
+    return torch.cat(read, -1)[..., :count].float()
 
 
 @torch.no_grad()
