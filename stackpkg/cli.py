@@ -1,4 +1,4 @@
-"""`stackpkg`: run, trace, skip, status, verify, sign, book."""
+"""`stackpkg`: run, launch, trace, skip, status, verify, sign, book."""
 
 from __future__ import annotations
 
@@ -69,6 +69,29 @@ def run(
         typer.echo(f"sealed outbox/{p.run}, manifest {sealed['manifest_sha256'][:16]}")
         typer.secho(sealed["notice"], fg="yellow", bold=True)
         typer.echo("\n".join(sealed["problems"]))
+
+
+@app.command()
+def launch(
+    profile: Annotated[Path, typer.Argument(help="a profile, such as params/dry_run.yaml, whose data is built")],
+    job: Job = "train",
+    render: Annotated[bool, typer.Option(help="print what would be started or submitted, and stop")] = False,
+) -> None:
+    """Train: here, or on the cluster that the profile names. The same call goes on with a job that was interrupted."""
+    from stackpkg.training import clusters
+    from stackpkg.training import launch as launcher
+
+    p = _profile(profile)
+    command = ["python", *launcher.command(f"outbox/{p.run}/checkpoints/{job}/job.json", p)[1:]]
+    try:
+        if render:
+            away = p.cluster.scheduler != "none"
+            typer.echo(clusters.render(p, job, command) if away else " ".join(command), nl=not away)
+            return
+        done = launcher.launch(job, p, RunFolder(p.run))
+    except (OSError, RuntimeError, ValueError) as error:  # what is missing, what failed, or what to run by hand
+        _stop(error)
+    typer.echo("  ".join(f"{name} {value}" for name, value in done.items()))
 
 
 @app.command()

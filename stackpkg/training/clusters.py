@@ -12,14 +12,15 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from stackpkg import runs
 from stackpkg.params import Params
-from stackpkg.runs import read_json, root, write_json, write_text
+from stackpkg.runs import read_json, write_json, write_text
 
 HEAD = "$HEAD_NODE"  # stands in a command for the address of the first node
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
@@ -108,7 +109,7 @@ def render(p: Params, name: str, command: Sequence[str]) -> str:
 def _ask(*command: str) -> str:
     if not shutil.which(command[0]):
         raise ValueError(f"{command[0]} is not on the path: launch from a machine that may submit, or set cluster")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root(), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.root(), timeout=120)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
@@ -133,23 +134,25 @@ def alive(p: Params, job: str) -> bool:
     return not {"Complete", "Failed"} & set(_ask("kubectl", "get", "job", job, "--ignore-not-found", ended).split())
 
 
-def follow(p: Params, name: str, home: Path, command: Sequence[str], ended: Callable[[], bool]) -> None:
-    """Submit the job, unless the cluster has it still, and wait until it `ended`, or the cluster has it no more.
+def follow(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
+    """Submit the job, unless the cluster has it still, and wait until its report is there, or the cluster has it no
+    more. Lines of its log that the job means to be read are printed.
 
     Raises `TimeoutError` past `layout.timeout_minutes`; the cluster then goes on, and another call follows it again.
     """
     called, known = name_of(p, name), home / "submitted.json"
-    if not (known.exists() and alive(p, called)):
+    if not alive(p, called):
         job = submit(p, name, home, command)
         write_json(known, {"scheduler": p.cluster.scheduler, "id": job})
         print(f"[{name}] submitted to {p.cluster.scheduler} as {job}", flush=True)
+    elif not known.exists():
+        raise ValueError(f"the cluster still has another job called {called}: wait for it, or cancel it")
     deadline, log, shown = time.monotonic() + 60 * p.layout.timeout_minutes, home / "log.txt", 0
     while True:
-        over = ended() or not alive(p, called)
+        over = (home / "done.json").exists() or not alive(p, called)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        for line in lines[shown:]:
-            if line.startswith(f"[{name}]"):
-                print(line, flush=True)
+        told = [line for line in lines[shown:] if line.startswith(f"[{name}]")]
+        print("".join(f"{line}\n" for line in told), end="", flush=True)
         shown = len(lines)
         if over:
             return

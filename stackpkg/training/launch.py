@@ -16,36 +16,46 @@ from typing import Any
 
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_json
+from stackpkg.training import clusters
 from stackpkg.training.stop import Stopped, stopped
 
 TETHER, WORKER = "stackpkg.training.tether", "stackpkg.training.worker"
+WHERE = ("layout", "cluster", "sweep", "governance")  # sections of a profile that change nothing of what is computed
 FOLDERS = ("checkpoints", "telemetry", "eval")
 
 
 def command(job: str, p: Params) -> list[str]:
     """The command a launch runs: plain Python for one process, torchrun for more, per node when there are several."""
-    layout = p.layout
+    layout, named = p.layout, "-".join(Path(job).parts[-4:-1:2])  # run and job
     if layout.processes == 1:
         return [sys.executable, "-m", WORKER, job]
-    where = ["--standalone"] if layout.nodes == 1 else ["--rdzv-backend=c10d", "--rdzv-endpoint=$HEAD_NODE:29500"]
+    where = [f"--rdzv-endpoint={clusters.HEAD}:29500", f"--rdzv-id={named}"]
+    where = ["--standalone"] if layout.nodes == 1 else ["--rdzv-backend=c10d", *where]
     per_node = layout.processes // layout.nodes
     options = [f"--nnodes={layout.nodes}", f"--nproc-per-node={per_node}", f"--max-restarts={layout.restarts}", *where]
+    options.append(f"--shutdown-timeout={p.cluster.grace_seconds}")  # ranks told to end have a checkpoint to write
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", TETHER, "-m", WORKER, job]
 
 
 def describe(name: str, p: Params, folder: RunFolder, steps: int, faults: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that decides what the job computes; its digest tells a resume from a new start."""
+    """Everything that decides what the job computes; its digest tells a resume from a new start. Where it runs, and on
+    how many processes, is no part of the digest: a job goes on in another layout."""
     files = ["manifest.json", "pairs.parquet", "long_range.parquet"]
     files += ["preferences.parquet"] if any(stage.preferences for stage in p.curriculum) else []
     data = [folder.path / "data" / file for file in files]
-    spec = {
+    if missing := [path.name for path in data if not path.exists()]:
+        raise ValueError(
+            f"outbox/{folder.name}/data lacks {', '.join(missing)}: notebooks 10 to 13 make it; run these first"
+        )
+    spec: dict[str, Any] = {
         "name": name,
         "params": p.model_dump(mode="json"),
         "steps": steps,
         "faults": list(faults),
         "data": {path.name: digest(path) for path in data},
     }
-    spec["digest"] = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+    computes = spec | {"params": {name: value for name, value in spec["params"].items() if name not in WHERE}}
+    spec["digest"] = hashlib.sha256(json.dumps(computes, sort_keys=True).encode()).hexdigest()
     return spec
 
 
@@ -73,8 +83,9 @@ def launch(
     """Run the job `name` to its end and return what it reported (`checkpoints/<name>/done.json`).
 
     An unfinished job with the same description resumes from its newest whole checkpoint; anything else starts fresh.
-    On several nodes the first call describes the job and raises `ValueError` with the command for every node; once the
-    cluster has finished it, the same call returns its report.
+    With `cluster.scheduler` it is submitted and followed; a call made anew follows it again. Without, on several nodes,
+    the first call describes the job and raises `ValueError` with the command for every node; once the cluster has
+    finished it, the same call returns its report.
     Raises `Stopped` with the reason when the job obeyed its stop file, `RuntimeError` with the end of the log when it
     fails, `TimeoutError` past `layout.timeout_minutes`.
     """
@@ -82,17 +93,22 @@ def launch(
     home = folder.path / "checkpoints" / name
     job, done = home / "job.json", home / "done.json"
     same = job.exists() and read_json(job).get("digest") == spec["digest"]
-    if p.layout.nodes > 1 and same and done.exists():
+    away = p.layout.nodes > 1 or p.cluster.scheduler != "none"
+    if away and same and done.exists():
         return read_json(done)  # the cluster has finished the job that an earlier call described
     if done.exists() or not same:
         _start_fresh(folder, name)
-        write_json(job, spec)
-    if p.layout.nodes > 1:
-        line = " ".join(command(f"outbox/{folder.name}/checkpoints/{name}/job.json", p)[1:])
-        raise ValueError(
-            f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository: python {line}"
-        )
-    _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
+    write_json(job, spec)  # of the same job, the layout that it goes on in
+    if away:
+        shown = ["python", *command(f"outbox/{folder.name}/checkpoints/{name}/job.json", p)[1:]]
+        if p.cluster.scheduler == "none":
+            raise ValueError(
+                f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository, with HEAD_NODE "
+                f"the first of them: {' '.join(shown)}"
+            )
+        clusters.follow(p, name, home, shown)
+    else:
+        _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
     if not done.exists():
         if end := stopped(home):
             raise Stopped(f"{name} stopped after step {end['step']}: {end['reason']}; launch it again to go on")
