@@ -9,13 +9,14 @@ import torch
 from data_corpus import corpus, profile
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import QWEN, STACK
+from tiny_models import DEEPSEEK, QWEN, STACK
 
 from stackpkg import params
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch, router_balance
 from stackpkg.evaluation.ranking import ranking
 from stackpkg.model import build
+from stackpkg.objectives.routing import Routed
 
 
 def by_definition(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, float]:
@@ -72,14 +73,18 @@ def test_a_ranking_is_what_its_definition_says(queries: int, documents: int, k: 
     assert ranking(scores, relevant, k) == pytest.approx(by_definition(scores, relevant, k))
 
 
+def chosen(logits: torch.Tensor, k: int) -> Routed:
+    return Routed(logits, logits.topk(k, -1).indices)
+
+
 def test_router_balance_counts_choices_and_sums_to_one() -> None:
     always = torch.tensor([[9.0, 8.0, 0.0, 0.0]]).repeat(10, 1)
     evenly = torch.eye(4).repeat(5, 1) * 20 + torch.eye(4).roll(1, 1).repeat(5, 1) * 10
-    both = router_balance([always, evenly], top_k=2)
+    both = router_balance([chosen(always, 2), chosen(evenly, 2)])
     assert both[0]["usage"] == pytest.approx([0.5, 0.5, 0, 0]) and both[1]["usage"] == pytest.approx([0.25] * 4)
-    assert router_balance([always], top_k=1)[0]["usage"] == [1.0, 0.0, 0.0, 0.0]
+    assert router_balance([chosen(always, 1)])[0]["usage"] == [1.0, 0.0, 0.0, 0.0]
     assert all(sum(layer["usage"]) == pytest.approx(1) and 0 <= layer["entropy"] <= 1 for layer in both)
-    assert router_balance([torch.zeros(6, 4)], top_k=1)[0]["entropy"] == pytest.approx(1)
+    assert router_balance([chosen(torch.zeros(6, 4), 1)])[0]["entropy"] == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +133,9 @@ def test_an_epoch_of_a_stack_model(stream: Stream) -> None:
 
 
 def test_an_epoch_of_other_models(stream: Stream) -> None:
-    mixture = build(params.Model(kind="auto", config=QWEN), stream.vocab_size, stream.pad_id, 3)
-    assert [len(layer["usage"]) for layer in evaluated(mixture, stream)["router"]] == [4, 4]
+    for config in (QWEN, DEEPSEEK):  # the latter returns no router_logits of its own
+        mixture = build(params.Model(kind="auto", config=config), stream.vocab_size, stream.pad_id, 3)
+        assert [len(layer["usage"]) for layer in evaluated(mixture, stream)["router"]] == [4, 4]
     alone = STACK | {"num_experts": 1, "num_experts_per_tok": 1}  # one expert is a dense network: nothing is routed
     dense = build(params.Model(config=alone), stream.vocab_size, stream.pad_id, 3)
     report = evaluated(dense, stream)

@@ -37,6 +37,7 @@ def describe(name: str, p: Params, folder: RunFolder, steps: int, faults: Iterab
     """Everything that decides what the job computes; its digest tells a resume from a new start."""
     files = ["manifest.json", "pairs.parquet", "long_range.parquet"]
     files += ["preferences.parquet"] if any(stage.preferences for stage in p.curriculum) else []
+    files += ["conversations.parquet", "scopes.yaml"] if any(stage.conversations for stage in p.curriculum) else []
     data = [folder.path / "data" / file for file in files]
     spec = {
         "name": name,
