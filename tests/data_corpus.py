@@ -73,7 +73,7 @@ def profile(**changes: object) -> params.Params:
             "long_range_tasks": 24,
             "hard_negatives": 2,
             "conversations": 24,
-            "conversation_tokens": 192,
+            "conversation_tokens": 384,
         },
         "training": {"batch_tokens": 1024},
         "model": {"config": {"sliding_window": 16, "num_hidden_layers": 2}},

@@ -76,7 +76,7 @@ def test_a_conversation_is_real_text_of_its_split_with_a_secret_in_its_protected
 def test_the_rules_allow_and_forbid_what_they_should_in_each(made: list[dict]) -> None:
     wanted = {  # (reader, source) -> whether some edge between them is open, of messages in no protected scope
         ("assistant", "user"): True, ("user", "assistant"): True, ("assistant", "data"): True, ("user", "tool"): False,
-        ("system", "user"): False, ("tool", "user"): False, ("data", "assistant"): False, ("data", "user"): False,
+        ("code", "user"): True, ("tool", "user"): False, ("data", "assistant"): False, ("data", "user"): False,
     }  # fmt: skip
     seen: dict[tuple[str, str], set[bool]] = {pair: set() for pair in wanted}
     for row in made:

@@ -2,20 +2,21 @@
 
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_corpus import corpus, profile
+from data_corpus import conversing, corpus, profile
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import DEEPSEEK, QWEN, STACK
+from tiny_models import DEEPSEEK, LLAMA, QWEN, STACK
 
 from stackpkg import params
 from stackpkg.data.stream import Stream
-from stackpkg.evaluation.metrics import evaluate_epoch, router_balance
+from stackpkg.evaluation.metrics import evaluate_epoch, router_balance, violations
 from stackpkg.evaluation.ranking import ranking
-from stackpkg.model import build
+from stackpkg.model import build, scopes
 from stackpkg.objectives.routing import Routed
 
 
@@ -149,3 +150,36 @@ def test_a_domain_that_holds_nothing_out_is_left_out(stream: Stream, monkeypatch
     report = evaluated(model, stream)
     assert list(report["validation_loss_by_domain"]) == ["code"]
     assert report["validation_loss"] == report["validation_loss_by_domain"]["code"]
+
+
+def test_violations_are_counted_at_protected_positions_of_held_out_conversations(
+    tmp_path: Path, stream: Stream
+) -> None:
+    p = profile(curriculum=[{"steps": 4, "context": 64, "conversations": 1.0}])
+    talking, cpu = Stream(conversing(tmp_path) / "data", p), torch.device("cpu")
+    model = build(params.Model(config=STACK), talking.vocab_size, talking.pad_id, 3).eval()
+    found, rows = violations(model, talking, 2, cpu), talking.validation_conversations(2)
+    report = evaluated(model, talking, evaluation={"rows": 2, "pairs": 8})
+    assert {name: report[name] for name in found} == pytest.approx(found, rel=1e-5)
+    model.eval()
+    ids, roles, spans = (torch.as_tensor(rows[f"conversation_{name}"]) for name in ("ids", "roles", "spans"))
+    rules = scopes.load(talking.corpus.folder / "scopes.yaml")
+    with torch.no_grad():
+        seen = scopes.compile(rules, roles, spans, enforce=False)
+        out = model(input_ids=ids, scopes=seen, output_forbidden_mass=True)
+    inside, banned = spans[:, 1:, scopes.PROTECTED] >= 0, torch.as_tensor(talking.forbidden)
+    p_of = out.logits[:, :-1].softmax(-1)[inside]
+    by_hand = {
+        "violations": torch.isin(p_of.argmax(-1), banned).float().mean(),
+        "forbidden_probability": p_of[:, banned].sum(-1).mean(),
+        "forbidden_attention": torch.stack(out.forbidden_mass).mean(),
+    }
+    assert found == pytest.approx({name: float(value) for name, value in by_hand.items()}, rel=1e-4)
+    assert 0 < found["forbidden_attention"] < 1 and inside.any() and len(banned)
+    with torch.no_grad():  # all other logits are 0
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[banned[0]], model.lm_head.weight[banned[1]] = 1.0, -1.0
+    assert violations(model, talking, 2, cpu)["violations"] == 1.0, "of x and -x one is above 0"
+    other = build(params.Model(kind="auto", config=LLAMA), talking.vocab_size, talking.pad_id, 3).eval()
+    assert set(violations(other, talking, 2, cpu)) == {"violations", "forbidden_probability"}, "it knows no scopes"
+    assert violations(other, stream, 2, cpu) == {}, "a run without conversations"
