@@ -141,6 +141,10 @@ class Evaluation(Section):
     k: int = Field(1, ge=1, le=100, description="precision@k, recall@k; a mined query has one relevant document")
     min_precision_at_k: float = Field(0.75, ge=0, le=1, description="target; the specification has 0.75")
     entropy_band: tuple[Share, Share] = Field((0.2, 0.9), description="normalised router entropy must stay inside")
+    max_violations: Share = Field(
+        0.0, description="largest share of protected positions whose most probable token is forbidden"
+    )
+    max_forbidden_attention: Share = Field(0.05, description="largest share of attention on edges that scopes forbid")
     max_data_wait: Share = Field(0.005, description="largest median share of a step that is spent waiting for data")
     control_seeds: int = Field(3, ge=1, le=32, description="models with summaries, and without, of the certificate")
     control_steps: int = Field(200, ge=1, description="optimiser steps that each of these models learns")

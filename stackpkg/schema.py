@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
+ROLES = ("system", "user", "assistant", "tool", "code", "data")
+CLASSES = ("CAUSAL", "SEGMENT", "TOOL_SCOPE", "SAFETY_SCOPE", "RET_SCOPE")  # all but the first: a column of `spans`
 
 
 class Section(BaseModel):
@@ -130,6 +132,7 @@ class Stage(Section):
     long_range: float = Field(0.125, ge=0, le=0.9, description="share of rows that are long-range tasks")
     retrieval: Share = Field(1.0, description="share of steps that carry retrieval pairs")
     preferences: Share = Field(0.0, description="share of steps that carry preferences")
+    conversations: Share = Field(0.0, description="share of steps that carry conversations with roles and scopes")
     temperature: float | None = Field(None, gt=0, le=10, description="of the mixture in this stage; null: the data's")
     until: Until | None = None
 
@@ -163,6 +166,12 @@ class Auxiliary(Section):
     long_range_values: int = Field(32, ge=2, le=128, description="answers that long-range tasks draw from")
     retrieval_set: str = Field("", description="folder in BEIR's format, or JSONL of triples, to use besides")
     preference_set: str = Field("", description="JSONL or Parquet in one of TRL's formats, to use besides")
+    conversations: int = Field(512, ge=8, description="conversations with roles and scopes to make")
+    conversation_tokens: int = Field(256, ge=64, le=65_536, description="tokens of a conversation")
+    conversation_set: str = Field("", description="JSONL or Parquet of messages with roles, to use besides")
+    forbidden: str = Field(
+        "0123456789", description="no token that holds one of these characters may be said inside a protected scope"
+    )
 
     @model_validator(mode="after")
     def _tasks_can_be_drawn(self) -> Auxiliary:

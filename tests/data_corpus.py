@@ -1,6 +1,7 @@
 """A small corpus on disk, built once for every test of the data room."""
 
 import hashlib
+import shutil
 import tempfile
 import time
 from functools import lru_cache
@@ -9,7 +10,17 @@ from pathlib import Path
 import pyarrow as pa
 
 from stackpkg import params
-from stackpkg.data import engine, labelled, longrange, preferences, provenance, records, shards, tokenizer
+from stackpkg.data import (
+    conversations,
+    engine,
+    labelled,
+    longrange,
+    preferences,
+    provenance,
+    records,
+    shards,
+    tokenizer,
+)
 from stackpkg.data.corpus import Corpus
 
 WORDS = ["alpha", "beta", "gamma", "delta", "order", "token", "shard", "stream", "window", "record", "licence", "mask"]
@@ -61,6 +72,8 @@ def profile(**changes: object) -> params.Params:
             "document_tokens": 16,
             "long_range_tasks": 24,
             "hard_negatives": 2,
+            "conversations": 24,
+            "conversation_tokens": 384,
         },
         "training": {"batch_tokens": 1024},
         "model": {"config": {"sliding_window": 16, "num_hidden_layers": 2}},
@@ -87,4 +100,13 @@ def corpus() -> Path:
     provenance.write(folder / "preferences.parquet", chosen, **stamp)
     provenance.write(folder / "long_range.parquet", longrange.generate(p), **stamp)
     assert manifest["dtype"] == "uint16"
+    return folder
+
+
+def conversing(folder: Path) -> Path:
+    """A run in `folder` whose copy of that data holds conversations and the rules they are read by."""
+    data, p = Path(shutil.copytree(corpus(), folder / "data")), profile()
+    rows = conversations.generate(p, Corpus(data), tokenizer.of_shards(data))
+    provenance.write(data / "conversations.parquet", rows, **{tokenizer.STAMP: Corpus(data).manifest[tokenizer.STAMP]})
+    shutil.copy(Path(__file__).parents[1] / "params/scopes.yaml", data)
     return folder

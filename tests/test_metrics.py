@@ -2,21 +2,23 @@
 
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_corpus import corpus, profile
+from data_corpus import conversing, corpus, profile
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import QWEN, STACK
+from tiny_models import DEEPSEEK, LLAMA, QWEN, STACK
 
 from stackpkg import params
 from stackpkg.data.stream import Stream
-from stackpkg.evaluation.metrics import evaluate_epoch, router_balance
+from stackpkg.evaluation.metrics import evaluate_epoch, router_balance, violations
 from stackpkg.evaluation.ranking import ranking
 from stackpkg.evaluation.retrieval import BINS, Retriever
-from stackpkg.model import build
+from stackpkg.model import build, scopes
+from stackpkg.objectives.routing import Routed
 
 
 def by_definition(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, float]:
@@ -73,14 +75,18 @@ def test_a_ranking_is_what_its_definition_says(queries: int, documents: int, k: 
     assert ranking(scores, relevant, k) == pytest.approx(by_definition(scores, relevant, k))
 
 
+def chosen(logits: torch.Tensor, k: int) -> Routed:
+    return Routed(logits, logits.topk(k, -1).indices)
+
+
 def test_router_balance_counts_choices_and_sums_to_one() -> None:
     always = torch.tensor([[9.0, 8.0, 0.0, 0.0]]).repeat(10, 1)
     evenly = torch.eye(4).repeat(5, 1) * 20 + torch.eye(4).roll(1, 1).repeat(5, 1) * 10
-    both = router_balance([always, evenly], top_k=2)
+    both = router_balance([chosen(always, 2), chosen(evenly, 2)])
     assert both[0]["usage"] == pytest.approx([0.5, 0.5, 0, 0]) and both[1]["usage"] == pytest.approx([0.25] * 4)
-    assert router_balance([always], top_k=1)[0]["usage"] == [1.0, 0.0, 0.0, 0.0]
+    assert router_balance([chosen(always, 1)])[0]["usage"] == [1.0, 0.0, 0.0, 0.0]
     assert all(sum(layer["usage"]) == pytest.approx(1) and 0 <= layer["entropy"] <= 1 for layer in both)
-    assert router_balance([torch.zeros(6, 4)], top_k=1)[0]["entropy"] == pytest.approx(1)
+    assert router_balance([chosen(torch.zeros(6, 4), 1)])[0]["entropy"] == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +136,9 @@ def test_an_epoch_of_a_stack_model(stream: Stream) -> None:
 
 
 def test_an_epoch_of_other_models(stream: Stream) -> None:
-    mixture = build(params.Model(kind="auto", config=QWEN), stream.vocab_size, stream.pad_id, 3)
-    assert [len(layer["usage"]) for layer in evaluated(mixture, stream)["router"]] == [4, 4]
+    for config in (QWEN, DEEPSEEK):  # the latter returns no router_logits of its own
+        mixture = build(params.Model(kind="auto", config=config), stream.vocab_size, stream.pad_id, 3)
+        assert [len(layer["usage"]) for layer in evaluated(mixture, stream)["router"]] == [4, 4]
     alone = STACK | {"num_experts": 1, "num_experts_per_tok": 1}  # one expert is a dense network: nothing is routed
     dense = build(params.Model(config=alone), stream.vocab_size, stream.pad_id, 3)
     report = evaluated(dense, stream)
@@ -186,3 +193,36 @@ def test_an_evaluation_calibrates_what_is_switched_off(stream: Stream) -> None:
     else:
         assert tried["on"] and tried["sigma_min"] == retriever.switch.sigma_min == tried["calibration"]["sigma_min"]
         assert tried["relevant"] == tried["accepted"] > 0, "the target is a precision of 1"
+
+
+def test_violations_are_counted_at_protected_positions_of_held_out_conversations(
+    tmp_path: Path, stream: Stream
+) -> None:
+    p = profile(curriculum=[{"steps": 4, "context": 64, "conversations": 1.0}])
+    talking, cpu = Stream(conversing(tmp_path) / "data", p), torch.device("cpu")
+    model = build(params.Model(config=STACK), talking.vocab_size, talking.pad_id, 3).eval()
+    found, rows = violations(model, talking, 2, cpu), talking.validation_conversations(2)
+    report = evaluated(model, talking, evaluation={"rows": 2, "pairs": 8})
+    assert {name: report[name] for name in found} == pytest.approx(found, rel=1e-5)
+    model.eval()
+    ids, roles, spans = (torch.as_tensor(rows[f"conversation_{name}"]) for name in ("ids", "roles", "spans"))
+    rules = scopes.load(talking.corpus.folder / "scopes.yaml")
+    with torch.no_grad():
+        seen = scopes.compile(rules, roles, spans, enforce=False)
+        out = model(input_ids=ids, scopes=seen, output_forbidden_mass=True)
+    inside, banned = spans[:, 1:, scopes.PROTECTED] >= 0, torch.as_tensor(talking.forbidden)
+    p_of = out.logits[:, :-1].softmax(-1)[inside]
+    by_hand = {
+        "violations": torch.isin(p_of.argmax(-1), banned).float().mean(),
+        "forbidden_probability": p_of[:, banned].sum(-1).mean(),
+        "forbidden_attention": torch.stack(out.forbidden_mass).mean(),
+    }
+    assert found == pytest.approx({name: float(value) for name, value in by_hand.items()}, rel=1e-4)
+    assert 0 < found["forbidden_attention"] < 1 and inside.any() and len(banned)
+    with torch.no_grad():  # all other logits are 0
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[banned[0]], model.lm_head.weight[banned[1]] = 1.0, -1.0
+    assert violations(model, talking, 2, cpu)["violations"] == 1.0, "of x and -x one is above 0"
+    other = build(params.Model(kind="auto", config=LLAMA), talking.vocab_size, talking.pad_id, 3).eval()
+    assert set(violations(other, talking, 2, cpu)) == {"violations", "forbidden_probability"}, "it knows no scopes"
+    assert violations(other, stream, 2, cpu) == {}, "a run without conversations"

@@ -11,7 +11,8 @@ from tiny_models import DEEPSEEK, MIXTRAL, OLMOE, QWEN, STACK
 
 from stackpkg import params
 from stackpkg.model import build
-from stackpkg.objectives import Composer, StepCounts, Term, bandit, losses, norms, routing
+from stackpkg.objectives import Composer, StepCounts, bandit, losses, norms, routing
+from stackpkg.objectives.conformance import Conversations
 from stackpkg.objectives.routing import Routed
 
 # ---- language modelling and long range
@@ -332,11 +333,17 @@ def test_usage_moves_once_a_step_and_survives_a_checkpoint() -> None:
     assert torch.equal(again.usage, composer.usage)
 
 
+def said(margin: torch.Tensor) -> Conversations:
+    """One protected token whose forbidden one has this much more than the only other, of a model without scopes."""
+    logits = torch.stack((margin, torch.zeros(()))).expand(1, 2, 2)
+    inside = torch.tensor([[False, True]])
+    return Conversations(logits, (), ~inside | inside, inside, torch.tensor([0]))
+
+
 def test_terms_of_weight_0_and_models_without_a_router_are_left_out() -> None:
     quiet = params.Objectives(contrastive=0, load_balance=0, gate_entropy=0, long_range=0, regret=0, conformance=0)
-    extra = {"conformance": Term(torch.ones(()))}
     assert set(one_step(Composer(quiet), torch.randn(10, 4))) == {"language_modelling"}
-    assert set(router_step(Composer(quiet), [], extra=extra).raw) == {"language_modelling"}
+    assert set(router_step(Composer(quiet), [], conversations=said(torch.ones(()))).raw) == {"language_modelling"}
     assert set(router_step(Composer(params.Objectives()), []).raw) == {"language_modelling", "long_range"}
     dense = one_step(Composer(params.Objectives()), torch.randn(10, 1))
     assert set(dense) == {"language_modelling", "long_range"}, "one expert is a dense layer"
@@ -354,22 +361,23 @@ def test_a_skipped_step_teaches_nothing_and_moves_no_schedule() -> None:
 
 def test_a_ramp_grows_to_the_weight_and_survives_a_checkpoint() -> None:
     weights = params.Objectives(conformance=0.5, ramp_steps={"conformance": 4}, norms_every=2)
-    composer, seen, measured = Composer(weights), [], []
+    composer, seen, measured, p = Composer(weights), [], [], 1 / (1 + math.exp(-3))
     for _ in range(6):
         point = torch.tensor(3.0, requires_grad=True)
-        step = router_step(composer, [], extra={"conformance": Term(2 * point, 8, (point,))})
-        assert float(step.raw["conformance"]) == pytest.approx(6 / 8)
-        seen.append(float(step.weighted["conformance"]) / (6 / 8))
+        step = router_step(composer, [], conversations=said(point))
+        assert float(step.raw["conformance"]) == pytest.approx(math.log1p(math.exp(3)))
+        seen.append(float(step.weighted["conformance"] / step.raw["conformance"]))
         measured.append(norms(step.squares).get("conformance"))
         torch.testing.assert_close(step.total.detach(), torch.stack(list(step.weighted.values())).sum())
         step.total.backward()
-        assert float(point.grad) == pytest.approx(seen[-1] * 2 / 8), "the norm taken before left no trace"
+        assert float(point.grad) == pytest.approx(seen[-1] * p), "the norm taken before left no trace"
         composer.after_step()
         state = composer.state_dict()
         composer = Composer(weights)
         composer.load_state_dict(state)
     assert seen == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
-    assert measured == [pytest.approx(s / 4) if i % 2 == 0 else None for i, s in enumerate(seen)]
+    norm = p * math.sqrt(2)  # p at the forbidden logit, -p at the other
+    assert measured == [pytest.approx(s * norm) if i % 2 == 0 else None for i, s in enumerate(seen)]
 
 
 def test_norms_of_a_step_do_not_depend_on_its_split() -> None:

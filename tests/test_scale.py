@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 from transformers.distributed import DistributedConfig
 
 from stackpkg import params
-from stackpkg.model import build
+from stackpkg.model import build, scopes
 from stackpkg.model.embedding import embed
-from stackpkg.objectives import Composer, Pairs, StepCounts, Term, losses, preference, routing
+from stackpkg.objectives import Composer, Pairs, StepCounts, conformance, losses, preference, routing
 
 Parts = dict[str, torch.Tensor]
 SMALL = STACK | {"hidden_size": 32}
@@ -30,6 +30,7 @@ OFF = params.Objectives(**dict.fromkeys((*ADDITIVE, "contrastive"), 0.0), ramp_s
 EACH = {name: OFF.model_copy(update={name: 1.0}) for name in ADDITIVE}
 ALL = {"all": OFF.model_copy(update=dict.fromkeys(ADDITIVE, 1.0))}
 CONTRASTIVE = OFF.model_copy(update={"contrastive": 1.0})
+RULES, FORBIDDEN = scopes.load(Path(__file__).parents[1] / "params/scopes.yaml"), torch.tensor([7, 9, 30])
 USAGE = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.05, 0.15, 0.3, 0.5]])
 
 
@@ -45,7 +46,12 @@ def batch() -> Parts:
     texts = torch.randint(1, 64, (2, ROWS, 8), generator=g).transpose(0, 1)
     start = torch.randint(1, 5, (ROWS,), generator=g)
     prefers = torch.where(key % 3 > 0, key, -1)
+    talk = ids.roll(1, 0).masked_fill(torch.arange(LENGTH) >= LENGTH - key[:, None] % 5, 0)  # padded on the right
+    roles = torch.randint(0, len(scopes.ROLES), (ROWS, LENGTH // 4), generator=g).repeat_interleave(4, 1)
+    spans = torch.randint(-1, 2, (ROWS, LENGTH // 4, 4), generator=g).repeat_interleave(4, 1)
+    spans[talk == 0] = -1
     return {
+        "conversation_ids": talk, "conversation_roles": roles, "conversation_spans": spans,
         "ids": ids, "labels": labels, "answers": answers, "pairs": pairs, "key": key % 40, "texts": texts,
         "start": start, "prefers": prefers,
     }  # fmt: skip
@@ -55,7 +61,8 @@ def counts(ranks: int) -> StepCounts:
     whole = batch()
     labelled = whole["labels"][:, 1:] != -100
     answers, pairs = int((whole["answers"][:, 1:] & labelled).sum()), int((whole["prefers"] >= 0).sum())
-    return StepCounts(int(labelled.sum()), answers, ROWS, ranks, pairs)
+    talks, inside = whole["conversation_ids"] != 0, whole["conversation_spans"][:, 1:, scopes.PROTECTED] >= 0
+    return StepCounts(int(labelled.sum()), answers, ROWS, ranks, pairs, int(talks.sum()), int(inside.sum()))
 
 
 def composer(weights: params.Objectives) -> Composer:
@@ -84,12 +91,13 @@ def forward(model: PreTrainedModel, part: Parts, contrastive: bool = False) -> d
     if contrastive:
         found = embed(model, part["pairs"].flatten(0, 1), 0).unflatten(0, (-1, 3))
         return given | {"pairs": Pairs(found[:, 0], found[:, 1], found[:, 2:], part["key"])}
+    said = conformance.read(model, part, RULES, FORBIDDEN, 0)
+    assert len(said.mass) == 2
     texts, start = part["texts"].flatten(0, 1), part["start"].repeat_interleave(2)
     both = preference.answers(model(input_ids=texts, use_cache=False).logits, texts, start, 0)
     sides = [preference.Answers(both.log_probs[i::2], both.tokens[i::2]) for i in (0, 1)]
-    forbidden = Term(logits.softmax(-1)[..., 7].sum(), ROWS * LENGTH, (logits,))
     pairs = preference.Preferences(*sides, part["prefers"])
-    return given | {"pairs": None, "preferences": pairs, "extra": {"conformance": forbidden}}
+    return given | {"pairs": None, "preferences": pairs, "conversations": said}
 
 
 def cut(part: Parts, sizes: list[int]) -> list[Parts]:

@@ -17,7 +17,17 @@ from tiny_models import LLAMA, QWEN, STACK
 from transformers import AutoModelForCausalLM
 
 from stackpkg import params, runs
-from stackpkg.data import curriculum, labelled, longrange, provenance, shards, sources, tokenizer
+from stackpkg.data import (
+    conversations,
+    curriculum,
+    labelled,
+    longrange,
+    preferences,
+    provenance,
+    shards,
+    sources,
+    tokenizer,
+)
 from stackpkg.data import manifest as versions
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.ledger import Ledger
@@ -51,7 +61,14 @@ def profile(processes: int, accumulation: int = 1, **model: Any) -> Params:
             {"steps": 4, "context": 64, "long_range": 0.25},
             {"steps": 2, "context": 128, "long_range": 0.25, "retrieval": 0.0},
         ],
-        "auxiliary": {"pairs": 80, "query_tokens": 8, "document_tokens": 16, "long_range_tasks": 32},
+        "auxiliary": {
+            "pairs": 80,
+            "query_tokens": 8,
+            "document_tokens": 16,
+            "long_range_tasks": 32,
+            "conversations": 32,
+            "conversation_tokens": 192,
+        },
         "model": model or {"config": STACK | {"hidden_size": 32}},
         "optimization": {"learning_rate": 3e-3, "warmup_steps": 1, "floor": 3e-4, "ema_decay": 0.9},
         "training": {"batch_tokens": TOKENS, "accumulation": accumulation, "epoch_steps": 3, "checkpoint_steps": 2},
@@ -76,8 +93,13 @@ def lab(repository: Path) -> RunFolder:
     manifest = shards.build(data, shards.partition([part], keep, data, p.data), model, p.data)
     stamp, corpus = {tokenizer.STAMP: manifest[tokenizer.STAMP]}, Corpus(data)
     held = {str(record) for record in corpus.records[corpus.split == "validation"]}
-    pairs = labelled.encode(labelled.mine(found, held, p.auxiliary, p.evaluation.pairs), model, p.auxiliary)
+    mined = labelled.mine(found, held, p.auxiliary, p.evaluation.pairs)
+    pairs = labelled.encode(mined, model, p.auxiliary)
     provenance.write(data / "pairs.parquet", pairs, **stamp)
+    chosen = preferences.encode(labelled.load(p.auxiliary, mined).preferences, model, 8, 16)
+    provenance.write(data / "preferences.parquet", chosen, **stamp)
+    provenance.write(data / "conversations.parquet", conversations.generate(p, corpus, model), **stamp)
+    shutil.copy(SOURCE / "params/scopes.yaml", data)
     provenance.write(data / "long_range.parquet", longrange.generate(p), **stamp)
     return folder
 
@@ -134,6 +156,23 @@ def others(lab: RunFolder, spread: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def mixture(lab: RunFolder) -> dict[str, Any]:
     return run(lab, mixture=Job(profile(2, kind="auto", config=QWEN | {"hidden_size": 32}), steps=2))["mixture"]
+
+
+def laden(processes: int, **model: Any) -> Params:
+    """Every second step carries conversations, preferences and pairs at once, the others none of them."""
+    p = profile(processes, **model)
+    each = {"conversations": 0.5, "preferences": 0.5, "retrieval": 0.5}
+    stages = [stage.model_copy(update=each) for stage in p.curriculum]
+    weights = p.objectives.model_copy(update={"preference": 0.1, "norms_every": 1})
+    return p.model_copy(update={"curriculum": stages, "objectives": weights})
+
+
+@pytest.fixture(scope="module")
+def carrying(lab: RunFolder) -> dict[str, dict[str, Any]]:
+    """The same steps on two processes, also after one of them died, and on one; and a llama, which knows no scopes."""
+    done = run(lab, laden_two=Job(laden(2)))
+    done |= run(lab, laden_killed=Job(laden(2), [KILL]))
+    return done | run(lab, laden_one=Job(laden(1)), laden_llama=Job(laden(1, kind="auto", config=LLAMA), steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +332,36 @@ def test_retrieval_is_switched_off_by_its_alert_and_stays_off_in_the_checkpoint_
     assert kept == [True, False] and not read_json(home / "final/retriever.json")["on"]
     assert read_json(lab.path / "checkpoints/narrow/final_ema/retriever.json")["on"]
     assert history(lab, "deaf").rejected_trust.tolist() == [report["guard"]["rejected"]["trust"] for report in reports]
+
+
+def test_conversations_preferences_and_pairs_ride_in_one_step(lab: RunFolder, carrying) -> None:
+    one, two = history(lab, "laden_one"), history(lab, "laden_two")
+    riders = ["loss_conformance", "loss_preference", "loss_contrastive", "gradient_conformance"]
+    for table in (one, two):
+        assert table[riders].notna().to_numpy().tolist() == [[step % 2 == 0] * 4 for step in range(1, STEPS + 1)]
+        assert (table[["loss_conformance", "gradient_conformance"]].dropna() > 0).all(axis=None)
+        assert table.update_skipped.sum() == 0 and table.violations.notna().tolist() == [False, False, True] * 2
+    pd.testing.assert_frame_equal(compared(one), compared(two), rtol=1e-5, atol=1e-7, check_exact=False)
+    reports = [read_json(lab.path / f"eval/laden_{name}/epoch_002.json") for name in ("one", "two")]
+    for key in ("violations", "forbidden_probability", "forbidden_attention"):
+        assert reports[0][key] == pytest.approx(reports[1][key], rel=1e-4), key
+    spec = read_json(lab.path / "checkpoints/laden_two/job.json")
+    assert {"conversations.parquet", "scopes.yaml", "preferences.parquet"} <= spec["data"].keys()
+
+
+def test_a_resume_repeats_what_rode_along(lab: RunFolder, carrying) -> None:
+    assert carrying["laden_killed"]["attempts"] == 2
+    assert carrying["laden_killed"]["weights_sha256"] == carrying["laden_two"]["weights_sha256"]
+    told, other = compared(history(lab, "laden_killed")), compared(history(lab, "laden_two"))
+    pd.testing.assert_frame_equal(told, other, check_exact=True)
+
+
+def test_a_model_without_scopes_is_held_to_the_tokens_alone(lab: RunFolder, carrying) -> None:
+    table = history(lab, "laden_llama")
+    assert carrying["laden_llama"]["steps"] == 2 and table.loss_conformance[2] > 0
+    assert "forbidden_attention" not in table
+    log = (lab.path / "checkpoints/laden_llama/log.txt").read_text()
+    assert "llama knows no scopes: conformance is that of tokens alone" in log
 
 
 @pytest.mark.parametrize("name", ["one", "two"])

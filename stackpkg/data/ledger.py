@@ -61,11 +61,16 @@ class Ledger:
         for name in stream.labelled:
             if stream.carries(i, RATES[name]):
                 for k, record in enumerate(stream.origins[name][stream.ridden(name, i)]):
-                    yield {"record_id": record, "use": "negative" if k else name, "begin": 0, "tokens": 0}
+                    yield {
+                        "record_id": record,
+                        "use": "negative" if k and name == "pairs" else name,
+                        "begin": 0,
+                        "tokens": 0,
+                    }
 
     def document(self, record_id: str) -> list[dict[str, Any]]:
         """The optimiser steps that read a record, in order: {"step", "use"}. As text by the inverse of the schedule, as
-        filler, pair or preference by looking at every row that carries one.
+        filler, pair, preference or conversation by looking at every row that carries one.
         """
         stream, found = self.stream, set[tuple[int, str]]()
         documents = set(np.flatnonzero(stream.corpus.find([record_id]) == 0).tolist())
@@ -80,7 +85,8 @@ class Ledger:
             if any(record_id in origins for origins in stream.origins[name]):
                 for i in (i for i in range(len(stream.plan)) if stream.carries(i, RATES[name])):
                     own, *others = stream.origins[name][stream.ridden(name, i)]
-                    rows += [(i, name)] * (own == record_id) + [(i, "negative")] * (record_id in others)
+                    rows += [(i, name)] * (own == record_id)
+                    rows += [(i, "negative" if name == "pairs" else name)] * (record_id in others)
         gone = stream.schedule.withdrawn.get(record_id, NEVER)
         for i, use in rows:
             step = stream.plan.step_at(stream.plan.position_of(i))

@@ -51,7 +51,7 @@ def _standard(row: dict[str, Any]) -> Preference:
     """A row as text with explicit prompt. Raises `Wrong` when it has none of the formats."""
     talks = {name: isinstance(row[name], list) for name in TEXTS if name in row}
     for name in ("chosen", "rejected", *talks):
-        _check_messages(row[name], name) if talks.get(name) else problems.text(row, name)
+        check_messages(row[name], name) if talks.get(name) else problems.text(row, name)
     given, chosen, rejected, talk = row.get("prompt"), row["chosen"], row["rejected"], talks["chosen"]
     if talk != talks["rejected"] or talks.get("prompt", talk) > talk:
         raise Wrong("some of it is text, some are messages", "give prompt, chosen and rejected all in one way")
@@ -80,14 +80,15 @@ def _standard(row: dict[str, Any]) -> Preference:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "format": kind}
 
 
-def _check_messages(messages: list[Any], name: str) -> None:
+def check_messages(messages: list[Any], name: str, roles: Sequence[str] = ROLES) -> None:
+    """Raises `Wrong` unless each of the messages below the key `name` has a content and one of the roles."""
     for number, message in enumerate(messages or [None], 1):
         where = f" in message {number} of `{name}`"
         if not isinstance(message, dict):
             raise Wrong(f"no message{where}", "give messages of role and content")
         problems.text(message, "content", where)
-        if problems.text(message, "role", where) not in ROLES:
-            raise Wrong(f"role {message['role']!r} is unknown{where}", f"use {', '.join(ROLES)}")
+        if problems.text(message, "role", where) not in roles:
+            raise Wrong(f"role {message['role']!r} is unknown{where}", f"use {', '.join(roles)}")
 
 
 def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from stackpkg.data import longrange, tokenizer
+from stackpkg.data import conversations, longrange, tokenizer
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.curriculum import Decision, Plan
 from stackpkg.data.schedule import NEVER, Piece, Schedule, shuffle
 from stackpkg.params import Params
 
 IGNORE = -100  # label of a token that is not trained on
-KEYS = {"pairs": "pair_key", "preferences": "preference_key"}  # of a labelled set: the column that is -1 for none,
-RATES = {"pairs": "retrieval", "preferences": "preferences"}  # and what a stage calls the share of steps with it
+# of a labelled set: the column that is -1 for none, and what a stage calls the share of steps with it
+KEYS = {"pairs": "pair_key", "preferences": "preference_key", "conversations": "conversation_key"}
+RATES = {"pairs": "retrieval", "preferences": "preferences", "conversations": "conversations"}
 Batch = dict[str, np.ndarray]
 
 
@@ -45,6 +46,13 @@ class Stream:
         if answers:
             self.origins["preferences"] = [(row["record_id"],) for row in answers]
             self.labelled["preferences"] = self._answers(answers)
+        self.forbidden = np.empty(0, np.int64)  # tokens that may not be said inside a protected scope
+        if any(stage.conversations for stage in p.curriculum):
+            talks = self._set(folder / "conversations.parquet", True)
+            self.origins["conversations"] = [tuple(row["record_ids"]) for row in talks["train"]]
+            self.labelled["conversations"] = self._turns(talks["train"])
+            self._held_talks = [row["record_ids"] for row in talks["held_out"]], self._turns(talks["held_out"])
+            self.forbidden = conversations.forbidden(tokenizer.of_shards(folder), p.auxiliary.forbidden)
 
     def _set(self, file: Path, used: bool) -> dict[str, list[dict[str, Any]]]:
         """Rows of a labelled set by split; a set that no stage asks for may be missing."""
@@ -70,8 +78,9 @@ class Stream:
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Rows of one stage, stacked: input_ids, labels, position_ids, answer_mask [n, L]; query_ids [n, Lq],
         positive_ids [n, Ld], negative_ids [n, H, Ld]; domain, pair_key [n]. In a run with preferences also chosen_ids,
-        rejected_ids [n, Lq + Ld], answer_start, preference_key [n]. A key is -1 in a step that does not carry its set:
-        then the item counts for nothing.
+        rejected_ids [n, Lq + Ld], answer_start, preference_key [n], in one with conversations conversation_ids,
+        conversation_roles [n, Lc], conversation_spans [n, Lc, 4], conversation_key [n]. A key is -1 in a step that does
+        not carry its set: then the item counts for nothing.
         """
         rows = [self.plan[i] for i in numbers]
         made = self._blank(len(rows), rows[0].context)
@@ -168,6 +177,17 @@ class Stream:
             made[name] = self._pad([row["prompt_ids"] + row[name] for row in rows], width)
         return made
 
+    def _turns(self, rows: list[dict[str, Any]]) -> Batch:
+        """conversation_ids, conversation_roles [n, Lc], conversation_spans [n, Lc, 4], conversation_key [n]."""
+        width = self.p.auxiliary.conversation_tokens
+        roles, spans = np.zeros((len(rows), width), np.int64), np.full((len(rows), width, len(conversations.SPANS)), -1)
+        for k, row in enumerate(rows):
+            end = len(row["roles"][:width])
+            roles[k, :end], spans[k, :end] = row["roles"][:width], row["spans"][:width]
+        ids = self._pad([row["input_ids"] for row in rows], width)
+        made = {"conversation_ids": ids, "conversation_roles": roles, "conversation_spans": spans}
+        return made | {"conversation_key": np.arange(len(rows))}
+
     # ---- held out
     def validation(self, domain: str, rows: int) -> Batch:
         """At most `rows` rows of a domain's held-out documents, packed into the longest context of the curriculum."""
@@ -190,3 +210,11 @@ class Stream:
         left = [k for k, origins in enumerate(self._held_out) if origins[0] not in known][:n]
         found = {name: self.pairs["held_out"][name][left] for name in ("query_ids", "positive_ids", "pair_key")}
         return found | {"record_id": np.array([self._held_out[k][0] for k in left], object)}
+
+    def validation_conversations(self, n: int) -> Batch:
+        """At most `n` held-out conversations, as in `batch`; none in a run without."""
+        if "conversations" not in self.labelled:
+            return {}
+        records, columns = self._held_talks
+        left = [k for k, used in enumerate(records) if not self.schedule.withdrawn.keys() & set(used)][:n]
+        return {name: values[left] for name, values in columns.items()}

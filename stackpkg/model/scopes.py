@@ -27,10 +27,9 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from stackpkg import runs
-from stackpkg.schema import Section
+from stackpkg.schema import CLASSES, ROLES, Section
 
-ROLES = ("system", "user", "assistant", "tool", "code", "data")
-CLASSES = ("CAUSAL", "SEGMENT", "TOOL_SCOPE", "SAFETY_SCOPE", "RET_SCOPE")  # all but the first: a column of `spans`
+PROTECTED = CLASSES.index("SAFETY_SCOPE") - 1  # its column of `spans`
 
 
 class Scopes(NamedTuple):

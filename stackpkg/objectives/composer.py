@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stackpkg import params
 from stackpkg.objectives import bandit, losses, routing
+from stackpkg.objectives.conformance import Conversations, conformance
 from stackpkg.objectives.preference import Preferences, preference
 from stackpkg.objectives.routing import Routed
 
@@ -27,6 +28,8 @@ class StepCounts:
     rows: int
     ranks: int  # data-parallel ranks
     preferences: int = 0  # pairs whose key is not negative
+    turns: int = 0  # tokens of conversations, without padding
+    protected: int = 0  # of which in a protected scope, after the shift
 
 
 class Pairs(NamedTuple):
@@ -100,7 +103,7 @@ class Composer:
 
     def losses(
         self, logits: Tensor, labels: Tensor, answer_mask: Tensor, routed: Sequence[Routed], pairs: Pairs | None,
-        counts: StepCounts, *, preferences: Preferences | None = None, extra: Mapping[str, Term] | None = None,
+        counts: StepCounts, *, preferences: Preferences | None = None, conversations: Conversations | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> Step:  # fmt: skip
         """One micro-batch's loss and its terms; call it once a micro-batch (it counts choices and rewards).
@@ -109,8 +112,8 @@ class Composer:
         and ranks to the value of the step. `total` is `ranks` times their weighted sum: summed over micro-batches and
         averaged over ranks, as FSDP does, its gradient is that of the whole step; only `losses.info_nce` depends on
         the micro-batch. All rows of a step must have one length. `group` holds the data-parallel ranks, by default
-        all. A term of weight 0 is not computed. `extra` holds further terms by the name of their weight. Raw load
-        balance is the divergence it lowers; what is added to `total` is its linearisation (`losses.load_balance`).
+        all. A term of weight 0 is not computed. Raw load balance is the divergence it lowers; what is added to `total`
+        is its linearisation (`losses.load_balance`).
         """
         w, logits = self.weights, tap(logits)
         tokens = losses.token_losses(logits, labels)
@@ -127,10 +130,15 @@ class Composer:
             pulled = preferences._replace(chosen=chosen, rejected=rejected)
             value = preference(pulled, w.preference_loss, w.preference_beta, w.preference_gamma)
             terms["preference"] = Term(value, counts.preferences, (chosen.log_probs, rejected.log_probs))
+        if w.conformance and conversations is not None:
+            said = conversations._replace(
+                logits=tap(conversations.logits), mass=tuple(tap(layer) for layer in conversations.mass)
+            )
+            value = conformance(said, counts.turns, counts.protected)
+            terms["conformance"] = Term(value, at=(said.logits, *said.mass))
         if routed and routed[0].logits.shape[-1] > 1:
             following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
             terms |= self._router(routed, tokens.flatten(), following, len(labels) / counts.rows)
-        terms |= {name: term for name, term in (extra or {}).items() if getattr(w, name)}
         scaled = {name: self.weight(name) * term.value / max(term.units, 1) for name, term in terms.items()}
         shown = {n: term.value / max(term.units, 1) if term.shown is None else term.shown for n, term in terms.items()}
         return Step(

@@ -5,13 +5,43 @@ As in `losses`, each term is a sum over its units; the composer divides by the u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from stackpkg.model import StackForCausalLM, scopes
 
 FLOOR = 0.01  # of the allowed share; bf16 can't tell apart shares above 1 - 2^-8, and noise is amplified by 1 / FLOOR
+
+
+class Conversations(NamedTuple):
+    """What a model said and read in conversations of a micro-batch."""
+
+    logits: Tensor  # [b, L, vocab]
+    mass: tuple[Tensor, ...]  # of each layer [b, L, heads]; none of a model that knows no scopes
+    real: Tensor  # bool [b, L], false for padding
+    inside: Tensor  # bool [b, L], tokens of a protected scope
+    forbidden: Tensor  # int64 [n], tokens that may not be said there
+
+
+def read(
+    model: nn.Module, batch: Mapping[str, Tensor], rules: scopes.Rules, forbidden: Tensor, pad_id: int
+) -> Conversations:
+    """One forward over conversation_ids, conversation_roles [n, L] and conversation_spans [n, L, 4]. Forbidden edges
+    stay open and are measured; only the reference model can tell of them.
+    """
+    ids, spans = batch["conversation_ids"], batch["conversation_spans"]
+    real = ids != pad_id
+    inside = spans[..., scopes.PROTECTED] >= 0
+    given = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
+    if not isinstance(model, StackForCausalLM):
+        return Conversations(model(**given).logits, (), real, inside, forbidden)
+    of = scopes.compile(rules, batch["conversation_roles"], spans, enforce=False)
+    out = model(**given, scopes=of, output_forbidden_mass=True)
+    return Conversations(out.logits, out.forbidden_mass, real, inside, forbidden)
 
 
 def _exact(t: Tensor) -> Tensor:
@@ -34,6 +64,17 @@ def forbidden_attention(mass: Sequence[Tensor]) -> Tensor:
     # where -log a = -log f + (f - a) / f for a below f = FLOOR
     penalties = [(FLOOR - a).clamp_min(0) / FLOOR - a.clamp_min(FLOOR).log() for a in allowed]
     return torch.stack([layer.mean(-1).sum() for layer in penalties]).mean()
+
+
+def conformance(said: Conversations, positions: int, protected: int) -> Tensor:
+    """Both penalties, each a mean over the whole step, which has `positions` tokens, no padding among them, and
+    `protected` ones in a protected scope. Without `said.mass` it is that of the tokens alone.
+    """
+    # A / positions + T / protected
+    value = forbidden_tokens(said.logits, said.inside, said.forbidden) / max(protected, 1)
+    if said.mass:
+        value = value + forbidden_attention([layer * said.real[..., None] for layer in said.mass]) / max(positions, 1)
+    return value
 
 
 @torch.no_grad()
@@ -80,7 +121,29 @@ def allowed_labels(labels: Tensor, inside: Tensor, forbidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def forbidden_probability(logits: Tensor, inside: Tensor, forbidden: Tensor) -> Tensor:
+    """Sum over protected positions of p, the probability of `forbidden`: what is reported. Same arguments."""
+    z, banned = _protected(logits, inside, forbidden)
+    return z.softmax(-1)[:, banned].sum()
+
+
+@torch.no_grad()
 def violations(logits: Tensor, inside: Tensor, forbidden: Tensor) -> Tensor:
     """Protected positions whose most probable token is forbidden: what greedy decoding would say. Same arguments."""
     z, banned = _protected(logits, inside, forbidden)
     return banned[z.argmax(-1)].sum()
+
+
+@torch.no_grad()
+def measure(said: Conversations) -> dict[str, float]:
+    """What is reported of conversations, in [0, 1]: `violations` and `forbidden_probability`, means over the positions
+    before a protected token, and `forbidden_attention`, mean over positions, of a model that tells of it.
+    """
+    judged = said.logits, said.inside, said.forbidden
+    protected = max(1, int(said.inside[:, 1:].sum()))
+    found = {"violations": violations(*judged), "forbidden_probability": forbidden_probability(*judged)}
+    made = {name: float(value) / protected for name, value in found.items()}
+    if said.mass:
+        share = forbidden_share([layer * said.real[..., None] for layer in said.mass])
+        made["forbidden_attention"] = float(share) / max(1, int(said.real.sum()))
+    return made

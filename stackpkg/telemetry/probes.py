@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stackpkg.model import attention_statistics
@@ -15,11 +15,6 @@ def normalised_entropy(probabilities: Tensor) -> Tensor:
     """H(p) / log n over the last dimension, in [0, 1]; Shannon 1948. Shape of the rest is kept."""
     choices = probabilities.shape[-1]
     return torch.special.entr(probabilities).sum(-1) / torch.log(torch.tensor(float(choices)))
-
-
-def routed(model: nn.Module) -> bool:
-    """Whether a model chooses among experts. A single expert is a dense network: there is no choice to watch."""
-    return any((getattr(model.config, name, 0) or 0) > 1 for name in ("num_experts", "num_local_experts"))
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ def describe(name: str, p: Params, folder: RunFolder, steps: int, faults: Iterab
     how many processes, is no part of the digest: a job goes on in another layout."""
     files = ["manifest.json", "pairs.parquet", "long_range.parquet"]
     files += ["preferences.parquet"] if any(stage.preferences for stage in p.curriculum) else []
+    files += ["conversations.parquet", "scopes.yaml"] if any(stage.conversations for stage in p.curriculum) else []
     data = [folder.path / "data" / file for file in files]
     if missing := [path.name for path in data if not path.exists()]:
         raise ValueError(

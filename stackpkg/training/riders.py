@@ -1,17 +1,19 @@
-"""What rides in a batch beside its text: retrieval pairs and preferences, each one forward of the model for all of it.
+"""What rides in a batch beside its text: conversations, preferences and retrieval pairs, each one forward for all.
 
 Every rank calls the model equally often, as FSDP needs: whether a step carries a set is decided for the whole step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackpkg.model.embedding import embed
+from stackpkg.model.scopes import PROTECTED
 from stackpkg.objectives import Pairs
 from stackpkg.objectives.preference import Answers, Preferences, answers
 
@@ -19,6 +21,21 @@ from stackpkg.objectives.preference import Answers, Preferences, answers
 def carried(inputs: Mapping[str, Tensor], key: str) -> bool:
     """Whether the step carries a set: the keys of one that it does not carry are -1."""
     return key in inputs and int(inputs[key][0]) >= 0
+
+
+def units(batches: Sequence[Mapping[str, Tensor]], pad_id: int, device: torch.device) -> Tensor:
+    """int64[6] of the micro-batches of this rank: label tokens, answers among them, rows, preferences, tokens of
+    conversations, protected ones among them.
+    """
+    parts: list[list[Any]] = []
+    for batch in batches:
+        labelled = batch["labels"][:, 1:] >= 0
+        parts.append([labelled.sum(), (batch["answer_mask"][:, 1:] & labelled).sum(), len(labelled)])
+        parts[-1].append((batch["preference_key"] >= 0).sum() if "preference_key" in batch else 0)
+        talks = carried(batch, "conversation_key")
+        parts[-1].append((batch["conversation_ids"] != pad_id).sum() if talks else 0)
+        parts[-1].append((batch["conversation_spans"][:, 1:, PROTECTED] >= 0).sum() if talks else 0)
+    return torch.stack([torch.stack([torch.as_tensor(n, device=device) for n in part]) for part in parts]).sum(0)
 
 
 def pairs(model: nn.Module, inputs: Mapping[str, Tensor], pad_id: int) -> Pairs:

@@ -22,7 +22,8 @@ from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.evaluation.retrieval import Retriever
-from stackpkg.objectives import Composer, StepCounts, norms, routing
+from stackpkg.model import StackForCausalLM, scopes
+from stackpkg.objectives import Composer, StepCounts, conformance, norms, routing
 from stackpkg.params import Params
 from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
@@ -66,6 +67,11 @@ class StackTrainer(Trainer):
         self.p, self.stream, self.folder, self.name, self.attempt = p, stream, folder, name, attempt
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.composer = Composer(p.objectives, routing.routers(model))
+        if "conversations" in stream.labelled:
+            self.rules = scopes.load(folder / "data/scopes.yaml")
+            self.forbidden = torch.as_tensor(stream.forbidden, device=self.args.device)
+            if self.rank == 0 and not isinstance(model, StackForCausalLM):
+                print(f"[{name}] {model.config.model_type} knows no scopes: conformance is that of tokens alone")
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = SkipNonFinite(), guard, faults
         self.retriever = Retriever(stream, p)
@@ -90,14 +96,10 @@ class StackTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Units of the whole optimiser step over all ranks: every term is divided by these."""
-        answers = sum((batch["answer_mask"][:, 1:] & (batch["labels"][:, 1:] >= 0)).sum() for batch in batch_samples)
-        tokens = sum((batch["labels"][:, 1:] >= 0).sum() for batch in batch_samples)
-        rows = sum(len(batch["labels"]) for batch in batch_samples)
-        preferred = sum((batch["preference_key"] >= 0).sum() for batch in batch_samples if "preference_key" in batch)
-        counts = torch.stack([torch.as_tensor(n, device=device) for n in (tokens, answers, rows, preferred)])
+        counts = riders.units(batch_samples, self.stream.pad_id, device)
         dist.all_reduce(counts)
-        tokens, answers, rows, preferred = counts.tolist()
-        self.counts = StepCounts(tokens, answers, rows, self.ranks, preferred)
+        tokens, answers, rows, *carried = counts.tolist()
+        self.counts = StepCounts(tokens, answers, rows, self.ranks, *carried)
         self._sequence = batch_samples[0]["labels"].shape[1]
         return counts[0]
 
@@ -110,12 +112,17 @@ class StackTrainer(Trainer):
         with routing.record(self.network) as routed:
             outputs = model(input_ids=inputs["input_ids"], **packed)
         o, pad = self.p.objectives, self.stream.pad_id
+        talks = None
+        if o.conformance and riders.carried(inputs, "conversation_key"):
+            talks = conformance.read(model, inputs, self.rules, self.forbidden, pad)
         rides = o.preference and riders.carried(inputs, "preference_key")
         preferences = riders.preferences(model, inputs, pad) if rides else None
         # last: under FSDP2 of torch 2.13 the backward crashes when a forward follows one whose logits are not used
         pairs = riders.pairs(model, inputs, pad) if o.contrastive and riders.carried(inputs, "pair_key") else None
         batch = outputs.logits, inputs["labels"], inputs["answer_mask"]
-        total, *kinds = self.composer.losses(*batch, routed, pairs, self.counts, preferences=preferences)
+        total, *kinds = self.composer.losses(
+            *batch, routed, pairs, self.counts, preferences=preferences, conversations=talks
+        )
         told = zip(("loss", "weighted", "square"), kinds, strict=True)
         self._raw.append({f"{kind}_{name}": value for kind, values in told for name, value in values.items()})
         choice = [layer.logits for layer in routed if layer.logits.shape[-1] > 1]
@@ -223,6 +230,7 @@ class StackTrainer(Trainer):
         self._decide(self.batches.next_step, report)
         self._row |= {"precision_at_k": report["precision_at_k"], "validation_loss": report["validation_loss"]}
         self._row |= {f"rejected_{name}": count for name, count in report["guard"]["rejected"].items()}
+        self._row |= {name: report[name] for name in ("violations", "forbidden_attention") if name in report}
         metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
