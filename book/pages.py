@@ -163,6 +163,21 @@ def archive(run: dict[str, Any], folder: Path) -> str:
     return "\n".join(parts)
 
 
+def support(found: dict[str, Any]) -> str:
+    """Layout by model: largest relative difference of loss and of gradient against one process."""
+    cells = {(row["layout"], row["model"]): row for row in found["rows"]}
+    names = list(dict.fromkeys(model for _, model in cells))
+    rows = []
+    for layout in dict.fromkeys(layout for layout, _ in cells):
+        here = [cells.get((layout, model)) for model in names]
+        shown = [f"{row['loss']:.0e}, {row['gradient']:.0e}" if row and "loss" in row else "" for row in here]
+        rows.append([code(layout), *map(text, shown)])
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in found["limits"].items())
+    note = f"Loss, gradient\\. Limits: {text(limits)}\\. Versions: {text(versions)}\\. Empty: no experts to spread\\.\n"
+    return note + "\n" + table(" | ".join(["layout", *names]), rows)
+
+
 def contents(config: dict[str, Any]) -> dict[str, Any]:
     """`myst.yml` without the parts that have no page yet: mystmd reports such a pattern as an error, but goes on."""
 
@@ -182,6 +197,7 @@ def main(folder: Path) -> None:
         "checklist": checklist(run),
         "archive": archive(run, folder),
         "parameters": parameters(),
+        "support": support(runs.read_json(Path("support.json"))),
     }
     for name, fragment in fragments.items():
         runs.write_text(Path("generated", f"{name}.md"), fragment)

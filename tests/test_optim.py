@@ -50,6 +50,17 @@ def test_learning_rates_are_those_of_the_scheduler(warmup: int, steps: int, floo
     np.testing.assert_allclose(rates, scheduled(o, steps), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(("warmup", "steps", "decay"), [(3, 20, 5), (0, 12, 12), (5, 9, 100), (30, 10, 4)])
+def test_warm_up_stable_decay_is_that_of_the_scheduler(warmup: int, steps: int, decay: int) -> None:
+    o = Optimization(learning_rate=3e-3, warmup_steps=warmup, floor=3e-4, schedule="wsd", decay_steps=decay)
+    rates = learning_rates(o, steps)
+    np.testing.assert_allclose(rates, scheduled(o, steps), rtol=1e-12, atol=0)
+    if steps == 20:
+        assert rates[3:16].tolist() == [o.learning_rate] * 13 and rates[16] < rates[15]
+        found = robbins_monro(rates, warmup)
+        assert found["diverges"] and not found["bounded"]  # the noise of a long stable stretch does not die out
+
+
 def test_robbins_monro_holds_for_a_decay_to_a_floor_and_for_nothing_less() -> None:
     o = Optimization(learning_rate=1e-2, warmup_steps=5, floor=1e-4)
     rates = learning_rates(o, 100)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
+from torch.distributed._functional_collectives import all_gather_single_autograd
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -48,7 +48,9 @@ def info_nce(
     """
     documents, keys, first = positive, pair_key, 0
     if dist.is_initialized() and dist.get_world_size(group) > 1:
-        documents = torch.cat(all_gather(positive, group))
+        everyone = group or dist.distributed_c10d._get_default_group()
+        # `torch.distributed.nn.all_gather` takes ranks of a group for ranks of the world in its backward (torch 2.13)
+        documents = all_gather_single_autograd(positive.contiguous(), 0, everyone)
         gathered = [torch.empty_like(pair_key) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, pair_key, group)
         keys, first = torch.cat(gathered), dist.get_rank(group) * len(query)

@@ -47,3 +47,11 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: 
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
     ema.load(state["ema"])
     return torch.load(folder / "state.pt", weights_only=True)
+
+
+def restore(scheduler: Any, state: dict[str, Any]) -> None:
+    """Fill a schedule. Trainer makes a parameter group per mesh (transformers 5.23), so their number changes with the
+    layout; all of them have the same rate."""
+    groups = len(scheduler.base_lrs)
+    listed = {name: [value[0]] * groups for name, value in state.items() if isinstance(value, list)}
+    scheduler.load_state_dict(state | listed)

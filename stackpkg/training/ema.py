@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; a plain tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from stackpkg.training.mesh import local
 
 
 def reshard(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_json
-from stackpkg.training import clusters
+from stackpkg.training import clusters, support
 from stackpkg.training.stop import Stopped, stopped
 
 TETHER, WORKER = "stackpkg.training.tether", "stackpkg.training.worker"
@@ -87,9 +87,11 @@ def launch(
     With `cluster.scheduler` it is submitted and followed; a call made anew follows it again. Without, on several nodes,
     the first call describes the job and raises `ValueError` with the command for every node; once the cluster has
     finished it, the same call returns its report.
-    Raises `Stopped` with the reason when the job obeyed its stop file, `RuntimeError` with the end of the log when it
+    Raises `ValueError` for a layout that was not tested with the model (`support`),
+    `Stopped` with the reason when the job obeyed its stop file, `RuntimeError` with the end of the log when it
     fails, `TimeoutError` past `layout.timeout_minutes`.
     """
+    support.check(p)
     spec = describe(name, p, folder, steps or p.max_steps, faults)
     home = folder.path / "checkpoints" / name
     job, done = home / "job.json", home / "done.json"

@@ -1,4 +1,4 @@
-"""Processes and meshes: the process group, FSDP2 through transformers' own distributed configuration, digests."""
+"""Processes: the group, the model spread through transformers' own distributed configuration, digests."""
 
 from __future__ import annotations
 
@@ -37,17 +37,19 @@ def start() -> tuple[int, int]:
 
 
 def load_sharded(folder: Path, p: Params) -> PreTrainedModel:
-    """Load a snapshot; with more than one rank every parameter arrives as this rank's FSDP2 shard.
+    """Load a snapshot; with more than one rank every parameter arrives as this rank's part (FSDP2, HSDP, TP, EP).
 
     The stock route, `TrainingArguments(fsdp=True)`, silently trains DDP on CPU (accelerate 1.15); this one does not.
+    Raises `ValueError` when the model has no plan for a kind of parallelism that the layout asks for.
     """
-    ranks = dist.get_world_size()
-    if ranks == 1:
+    size = p.layout
+    if size.processes == 1:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    fsdp = min(p.layout.fsdp, ranks)
     config = DistributedConfig(
-        fsdp_size=fsdp,
-        dp_replicate_size=ranks // fsdp,
+        fsdp_size=size.fsdp,
+        dp_replicate_size=size.replicas,
+        tp_size=size.tp,
+        ep_size=size.ep,
         fsdp_mixed_precision=p.training.precision == "bf16",
     )
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=config)
@@ -61,8 +63,8 @@ def sharded_share(model: nn.Module) -> float:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names and full values of all parameters; a collective, equal on every rank."""
-    sha = hashlib.sha256()
+    found = {}
     for name, parameter in sorted(model.named_parameters()):
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        sha.update(name.encode() + full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+        found[name] = hashlib.sha256(full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256("".join(name + sha for name, sha in found.items()).encode()).hexdigest()

@@ -17,7 +17,7 @@ def training_arguments(p: Params, output: Path, steps: int) -> dict[str, Any]:
         "output_dir": str(output),
         "max_steps": steps,
         # of the first stage; the stream decides, and keeps the tokens of a step the same when the context grows
-        "per_device_train_batch_size": p.rows(p.curriculum[0]) // (p.layout.processes * t.accumulation),
+        "per_device_train_batch_size": p.rows(p.curriculum[0]) // (p.layout.data_parallel * t.accumulation),
         "ignore_data_skip": True,  # the stream begins where it is told to: no batch is drawn and thrown away
         "gradient_accumulation_steps": t.accumulation,
         "optim": {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}[o.optimizer],
@@ -25,11 +25,17 @@ def training_arguments(p: Params, output: Path, steps: int) -> dict[str, Any]:
         "adam_beta1": o.betas[0],
         "adam_beta2": o.betas[1],
         "weight_decay": o.weight_decay,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": o.floor},
+        **_schedule(o, steps),
         "warmup_steps": o.warmup_steps,
         "max_grad_norm": o.clip,
-        "activation_checkpointing": t.activation_checkpointing,
+        # FSDP2 has its own policy, with fp32 reduction; autocast keeps fp32 weights and gradients where there is none
+        "bf16": t.precision == "bf16" and p.layout.data_parallel == 1,
+        "activation_checkpointing": bool(t.activation_checkpointing),
+        # reentrant recomputation loses the routers' gradients (transformers 5.23); this one repeats dropout as well
+        "activation_checkpointing_kwargs": {
+            "use_reentrant": False,
+            "every_n_layers": max(1, t.activation_checkpointing),
+        },
         "eval_strategy": "steps",
         "eval_steps": t.epoch_steps,
         "save_strategy": "steps",
@@ -43,12 +49,29 @@ def training_arguments(p: Params, output: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def learning_rates(o: Optimization, steps: int) -> np.ndarray:
-    """Learning rate of steps 0 .. steps-1, float64 [steps]: linear warm-up, then half a cosine down to the floor.
+def _decay(o: Optimization, steps: int) -> int:
+    return max(1, min(o.decay_steps, steps - o.warmup_steps))
 
-    Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5 with T_0 = steps - warmup and no restart.
+
+def _schedule(o: Optimization, steps: int) -> dict[str, Any]:
+    if o.schedule == "cosine":
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": o.floor}}
+    shape = {"min_lr_ratio": o.floor / o.learning_rate, "num_decay_steps": _decay(o, steps), "decay_type": "linear"}
+    return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": shape}
+
+
+def learning_rates(o: Optimization, steps: int) -> np.ndarray:
+    """Learning rate of steps 0 .. steps-1, float64 [steps]: linear warm-up, then down to the floor by half a cosine
+    (Loshchilov and Hutter 2017, arXiv 1608.03983, equation 5 with T_0 = steps - warmup and no restart), or stable and
+    then a linear decay (`wsd`: MiniCPM, arXiv 2404.06395, section 4; its warm-up begins at the floor).
     """
     t = np.arange(steps, dtype=np.float64)
+    if o.schedule == "wsd":
+        up, decay = t / max(1, o.warmup_steps), _decay(o, steps)
+        down = (steps - t) / decay
+        # eta = floor + (peak - floor) min(t / warmup, 1, (T - t) / decay)
+        share = np.where(t < o.warmup_steps, up, np.minimum(1.0, down))
+        return o.floor + (o.learning_rate - o.floor) * share
     progress = np.clip((t - o.warmup_steps) / max(1, steps - o.warmup_steps), 0, 1)
     # eta = floor + (peak - floor) (1 + cos(pi progress)) / 2
     cosine = o.floor + (o.learning_rate - o.floor) * 0.5 * (1 + np.cos(np.pi * progress))

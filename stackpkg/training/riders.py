@@ -9,13 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from stackpkg.data.stream import Stream
+from stackpkg.model import StackForCausalLM, scopes
 from stackpkg.model.embedding import embed
 from stackpkg.model.scopes import PROTECTED
-from stackpkg.objectives import Pairs
+from stackpkg.objectives import Pairs, conformance
+from stackpkg.objectives.conformance import Conversations
 from stackpkg.objectives.preference import Answers, Preferences, answers
+from stackpkg.params import Objectives
 
 
 def carried(inputs: Mapping[str, Tensor], key: str) -> bool:
@@ -36,6 +42,37 @@ def units(batches: Sequence[Mapping[str, Tensor]], pad_id: int, device: torch.de
         parts[-1].append((batch["conversation_ids"] != pad_id).sum() if talks else 0)
         parts[-1].append((batch["conversation_spans"][:, 1:, PROTECTED] >= 0).sum() if talks else 0)
     return torch.stack([torch.stack([torch.as_tensor(n, device=device) for n in part]) for part in parts]).sum(0)
+
+
+class Riders:
+    """Reads what a step carries: `riders(model, inputs)` gives conversations, preferences and pairs, each or None."""
+
+    def __init__(
+        self, network: PreTrainedModel, stream: Stream, weights: Objectives, name: str, device: torch.device
+    ) -> None:
+        self.weights, self.pad_id = weights, stream.pad_id
+        if "conversations" in stream.labelled:
+            self.rules = scopes.load(stream.corpus.folder / "scopes.yaml")
+            self.forbidden = torch.as_tensor(stream.forbidden, device=device)
+            if dist.get_rank() == 0 and not isinstance(network, StackForCausalLM):
+                kind = network.config.model_type
+                print(f"[{name}] {kind} knows no scopes: conformance is that of tokens alone", flush=True)
+
+    def __call__(
+        self, model: nn.Module, inputs: Mapping[str, Tensor]
+    ) -> tuple[Conversations | None, Preferences | None, Pairs | None]:
+        wanted = (
+            (self.weights.conformance, "conversation_key"),
+            (self.weights.preference, "preference_key"),
+            (self.weights.contrastive, "pair_key"),
+        )
+        talk, prefer, pair = (bool(weight) and carried(inputs, key) for weight, key in wanted)
+        # pairs last: under FSDP2 (torch 2.13) the backward crashes when a forward follows one without use of its logits
+        return (
+            conformance.read(model, inputs, self.rules, self.forbidden, self.pad_id) if talk else None,
+            preferences(model, inputs, self.pad_id) if prefer else None,
+            pairs(model, inputs, self.pad_id) if pair else None,
+        )
 
 
 def pairs(model: nn.Module, inputs: Mapping[str, Tensor], pad_id: int) -> Pairs:

@@ -22,16 +22,16 @@ from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.evaluation.retrieval import Retriever
-from stackpkg.model import StackForCausalLM, scopes
-from stackpkg.objectives import Composer, StepCounts, conformance, norms, routing
+from stackpkg.objectives import Composer, StepCounts, norms, routing
 from stackpkg.params import Params
 from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics, router_statistics
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import checkpoint, riders
-from stackpkg.training.ema import ShardedEMA, local, reshard
+from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
+from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_beta
 from stackpkg.training.recovery import SkipNonFinite, inject
 from stackpkg.training.snapshots import complete
@@ -49,6 +49,7 @@ class StackTrainer(Trainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         p: Params,
+        mesh: Mesh,
         stream: Stream,
         folder: Path,
         name: str,
@@ -65,13 +66,9 @@ class StackTrainer(Trainer):
         self.network = model  # what Trainer calls `self.model`, with a type
         self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
         self.p, self.stream, self.folder, self.name, self.attempt = p, stream, folder, name, attempt
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.mesh, self.rank, self.ranks = mesh, dist.get_rank(), p.layout.data_parallel
         self.composer = Composer(p.objectives, routing.routers(model))
-        if "conversations" in stream.labelled:
-            self.rules = scopes.load(folder / "data/scopes.yaml")
-            self.forbidden = torch.as_tensor(stream.forbidden, device=self.args.device)
-            if self.rank == 0 and not isinstance(model, StackForCausalLM):
-                print(f"[{name}] {model.config.model_type} knows no scopes: conformance is that of tokens alone")
+        self.riders = riders.Riders(model, stream, p.objectives, name, self.args.device)
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = SkipNonFinite(), guard, faults
         self.retriever = Retriever(stream, p)
@@ -82,10 +79,21 @@ class StackTrainer(Trainer):
         self._row: dict[str, Any] = {}
         self._update_skipped = False
 
-    # ---- data: one shard of every step per rank, by arithmetic
+    # ---- layout: the mesh is ours, accelerate sees plain processes
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        found = super()._build_accelerator_args(**kwargs)
+        found.pop("parallelism_config", None)  # accelerate 1.15 refuses one on CPU
+        return found
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Every rank read the same snapshot. The stock method averages plain gradients over all processes, whatever
+        they hold (transformers 5.23)."""
+
+    # ---- data: one shard of every step per data-parallel rank, by arithmetic
     def get_train_dataloader(self) -> DataLoader:
         accumulation = self.p.training.accumulation
-        self.batches = RankBatches(self.stream, self.args.max_steps, accumulation, self.rank, self.ranks, self._begin)
+        place = accumulation, self.mesh.data_rank, self.ranks
+        self.batches = RankBatches(self.stream, self.args.max_steps, *place, self._begin)
         return DataLoader(StreamDataset(self.stream), batch_sampler=self.batches, collate_fn=collate)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -97,7 +105,7 @@ class StackTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Units of the whole optimiser step over all ranks: every term is divided by these."""
         counts = riders.units(batch_samples, self.stream.pad_id, device)
-        dist.all_reduce(counts)
+        dist.all_reduce(counts, group=self.mesh.data)
         tokens, answers, rows, *carried = counts.tolist()
         self.counts = StepCounts(tokens, answers, rows, self.ranks, *carried)
         self._sequence = batch_samples[0]["labels"].shape[1]
@@ -111,17 +119,10 @@ class StackTrainer(Trainer):
         packed = {"position_ids": inputs["position_ids"], "use_cache": False}
         with routing.record(self.network) as routed:
             outputs = model(input_ids=inputs["input_ids"], **packed)
-        o, pad = self.p.objectives, self.stream.pad_id
-        talks = None
-        if o.conformance and riders.carried(inputs, "conversation_key"):
-            talks = conformance.read(model, inputs, self.rules, self.forbidden, pad)
-        rides = o.preference and riders.carried(inputs, "preference_key")
-        preferences = riders.preferences(model, inputs, pad) if rides else None
-        # last: under FSDP2 of torch 2.13 the backward crashes when a forward follows one whose logits are not used
-        pairs = riders.pairs(model, inputs, pad) if o.contrastive and riders.carried(inputs, "pair_key") else None
+        talks, preferences, pairs = self.riders(model, inputs)
         batch = outputs.logits, inputs["labels"], inputs["answer_mask"]
         total, *kinds = self.composer.losses(
-            *batch, routed, pairs, self.counts, preferences=preferences, conversations=talks
+            *batch, routed, pairs, self.counts, preferences=preferences, conversations=talks, group=self.mesh.data
         )
         told = zip(("loss", "weighted", "square"), kinds, strict=True)
         self._raw.append({f"{kind}_{name}": value for kind, values in told for name, value in values.items()})
@@ -133,8 +134,8 @@ class StackTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         for fault in self.faults:
             inject(fault, step=self.state.global_step + 1, rank=self.rank, attempt=self.attempt, model=model)
-        norm = super()._clip_grad_norm(model)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = self.mesh.clip(gradients, self.args.max_grad_norm)
         self._update_skipped = self.skips.check(model, norm)
         # accelerate reports the step as skipped, so Trainer does not advance the schedule either
         self.optimizer._is_overflow = self._update_skipped
@@ -144,7 +145,7 @@ class StackTrainer(Trainer):
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *rest: Any, **more: Any
     ) -> None:
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self.composer.after_step(applied=not self._update_skipped)
+            self.composer.after_step(not self._update_skipped, self.mesh.data)
             if not self._update_skipped:
                 self.ema.update()
             self._row = self._measure(float(tr_loss), float(grad_norm), more["learning_rate"])
@@ -159,7 +160,7 @@ class StackTrainer(Trainer):
         names = sorted(self._raw[0])
         sums = torch.stack([torch.stack([micro[name] for micro in self._raw]).sum() for name in names])
         sums = torch.cat([sums.double(), torch.tensor([loss / self.ranks], device=sums.device, dtype=torch.double)])
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self.mesh.data)
         *terms, loss = sums.tolist()
         series = dict(zip(names, terms, strict=True)) | {name: float(value) for name, value in self._routing.items()}
         squares = {name: series.pop(name) for name in names if name.startswith("square_")}
@@ -175,7 +176,7 @@ class StackTrainer(Trainer):
         return {
             "loss": loss,
             "grad_norm": grad_norm,
-            "weight_norm": self._weight_norm(),
+            "weight_norm": float(self.mesh.norm(self.network.parameters())),  # the same across a skip, to the last bit
             "learning_rate": learning_rate,
             "beta1_effective": effective_beta(o.betas[0], updates),
             "beta2_effective": effective_beta(o.betas[1], updates),
@@ -190,16 +191,6 @@ class StackTrainer(Trainer):
             **series,
             **self._probed,
         }
-
-    @torch.no_grad()
-    def _weight_norm(self) -> float:
-        """L2 norm of all weights in fp64: equal before and after a skipped update, to the last bit."""
-        squares = torch.stack(
-            [local(parameter).double().square().sum() for parameter in self.network.parameters()]
-        ).sum()
-        dist.all_reduce(squares)
-        replicas = self.ranks // min(self.p.layout.fsdp, self.ranks)
-        return math.sqrt(float(squares) / replicas)
 
     def _write_row(self) -> None:
         """Once a step, after its evaluation if it has one and before its checkpoint: no saved step lacks its row."""
@@ -291,7 +282,7 @@ class StackTrainer(Trainer):
         if folder is None:
             return
         scalars = checkpoint.load(Path(folder), self.network, self.optimizer.optimizer, self.ema)
-        self.lr_scheduler.load_state_dict(scalars["scheduler"])
+        checkpoint.restore(self.lr_scheduler, scalars["scheduler"])
         self.composer.load_state_dict(scalars["composer"])
         self.ema.updates = scalars["ema_updates"]
         self.skips.total, self.skips.consecutive = scalars["skips"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import rows
 from stackpkg.telemetry.guard import Guard
 from stackpkg.training import layout, snapshots, stop
+from stackpkg.training.mesh import build
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.recovery import StopFile
 from stackpkg.training.trainer import StackTrainer
@@ -46,6 +48,8 @@ def run(job_file: Path) -> None:
     job, home = read_json(job_file), job_file.parent
     folder, p = home.parents[1], params.validate(job["params"])
     rank, ranks = layout.start()
+    # preempted: whichever rank hears of it, all end after one step with one checkpoint, as by a stop file
+    signal.signal(signal.SIGTERM, lambda *_: stop.request(home, "SIGTERM"))
     attempt, checkpoint = _begin(home, rank)
     if rank == 0:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
@@ -63,12 +67,14 @@ def run(job_file: Path) -> None:
         models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)
     dist.barrier()
     set_seed(p.seed)
+    mesh = build(p.layout)
     model = layout.load_sharded(initial, p)
     arguments = TrainingArguments(**training_arguments(p, home, job["steps"]), use_cpu=not torch.cuda.is_available())
     trainer = StackTrainer(
         model=model,
         args=arguments,
         p=p,
+        mesh=mesh,
         stream=stream,
         folder=folder,
         name=job["name"],

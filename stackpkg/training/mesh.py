@@ -1,0 +1,105 @@
+"""One mesh for all layouts: which ranks read different rows, which hold parts of one model, and sums over both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _AllReduceBackward
+from transformers.distributed.tensor_parallel import TensorParallelLayer
+
+from stackpkg.params import Layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's groups. `data` are the ranks that read different rows and hold the same part of the model, `tensor`
+    those that split its matrices."""
+
+    layout: Layout
+    data: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+
+    @property
+    def data_rank(self) -> int:
+        return dist.get_rank(self.data)
+
+    def norm(self, tensors: Iterable[Tensor]) -> Tensor:
+        """L2 norm, fp64, over all ranks: what is held several times counts once. A collective; all ranks agree, and a
+        number that is not finite on any rank reaches all of them.
+        """
+        weighed: dict[float, list[Tensor]] = {}
+        for tensor in tensors:
+            weighed.setdefault(parts(tensor) / self.layout.processes, []).append(local(tensor).detach())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        squares = torch.zeros((), dtype=torch.double, device=device)
+        for share, shards in weighed.items():
+            norms = torch.stack(torch._foreach_norm([shard.double() for shard in shards]))
+            squares += share * norms.square().sum()
+        dist.all_reduce(squares)
+        return squares.sqrt()
+
+    def clip(self, gradients: Sequence[Tensor], largest: float) -> Tensor:
+        """Scale the gradients in place so that their global norm is at most `largest`; the norm before, fp32."""
+        norm = self.norm(gradients)
+        # g <- g min(1, c / (|g| + 1e-6))   (Pascanu et al. 2013, alg. 1; the constant is torch's)
+        scale = (largest / (norm + 1e-6)).clamp(max=1.0).float()
+        if gradients:
+            torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+        return norm.float()
+
+
+def build(layout: Layout) -> Mesh:
+    """The mesh of the running process group. A collective. Raises `ValueError` where the processes do not match."""
+    if dist.get_world_size() != layout.processes:
+        raise ValueError(f"layout.processes is {layout.processes}, but {dist.get_world_size()} processes are running")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # the order of transformers' mesh: replicas, fsdp, tp; experts move within it and change no rank's rows
+    mesh = init_device_mesh(device, (layout.data_parallel, layout.tp), mesh_dim_names=("data", "tp"))
+    return Mesh(layout, mesh["data"].get_group(), mesh["tp"].get_group())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def parts(tensor: Tensor) -> int:
+    """In how many different pieces a tensor lies on the ranks of its mesh; 1 when every rank has all of it."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
+class ReplicatedGradSum(TensorParallelLayer):
+    """A replicated parameter that sees only this rank's heads: its gradient is summed over tensor-parallel ranks.
+
+    The style of transformers 5.23 sums the accumulated `.grad` again after every micro-batch, so with accumulation the
+    q- and k-norms of Qwen3 learn from a multiple of what they should. Here the gradient is summed on its way in.
+    """
+
+    def install_forward(self, module: torch.nn.Module, mesh: object) -> torch.nn.Module:
+        original, group = module.forward, mesh.get_group()  # type: ignore[attr-defined]
+
+        def forward(*args: object, **kwargs: object) -> object:
+            kept = dict(module._parameters)
+            for name, parameter in kept.items():
+                if parameter is not None:
+                    module._parameters[name] = _AllReduceBackward.apply(parameter, group)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                module._parameters.update(kept)
+
+        module.forward = forward
+        return module
+
+
+ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", ReplicatedGradSum())  # type: ignore[arg-type]
