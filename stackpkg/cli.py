@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -78,7 +79,7 @@ def launch(
     render: Annotated[bool, typer.Option(help="print what would be started or submitted, and stop")] = False,
 ) -> None:
     """Train: here, or on the cluster that the profile names. The same call goes on with a job that was interrupted."""
-    from stackpkg.training import clusters
+    from stackpkg.training import clusters, stop
     from stackpkg.training import launch as launcher
 
     p = _profile(profile)
@@ -88,6 +89,8 @@ def launch(
             away = p.cluster.scheduler != "none"
             typer.echo(clusters.render(p, job, command) if away else " ".join(command), nl=not away)
             return
+        home = RunFolder(p.run).path / "checkpoints" / job
+        signal.signal(signal.SIGTERM, lambda *_: stop.request(home, "SIGTERM"))  # the job ends whole, then this does
         done = launcher.launch(job, p, RunFolder(p.run))
     except (OSError, RuntimeError, ValueError) as error:  # what is missing, what failed, or what to run by hand
         _stop(error)

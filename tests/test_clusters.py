@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,9 @@ def test_the_script_is_bash_and_the_manifest_is_complete() -> None:
     assert service["metadata"]["name"] == job["metadata"]["name"] == "stackpkg-lab-1-train"
     spec = job["spec"]["template"]["spec"]
     assert spec["subdomain"] == service["metadata"]["name"]  # what gives the first pod the name in the command
-    assert "--rdzv-endpoint=stackpkg-lab-1-train-0.stackpkg-lab-1-train:29500" in spec["containers"][0]["command"]
+    bash = spec["containers"][0]["command"]
+    assert "--rdzv-endpoint=stackpkg-lab-1-train-0.stackpkg-lab-1-train:29500" in bash[2]
+    subprocess.run(["bash", "-n"], input=bash[2], text=True, check=True)
     assert {m["name"] for m in spec["containers"][0]["volumeMounts"]} == {v["name"] for v in spec["volumes"]}
     with pytest.raises(ValueError, match=r"cluster\.image"):
         clusters.render(profile({"scheduler": "kubernetes"}), "train", command)
@@ -155,6 +158,21 @@ def test_a_preempted_job_stops_whole_and_stands_in_the_queue_again(slurm: Path, 
     with pytest.raises(launch.Stopped, match="after step 3: preempted"):
         launch.launch("job", p, folder)
     assert (slurm / "scontrol.log").read_text().split() == ["requeue", "71"] and not (home / stop.FILE).exists()
+
+
+def test_a_preempted_pod_stops_the_job_whole_and_asks_to_be_replaced(folder: RunFolder, repository: Path) -> None:
+    home = folder.path / "checkpoints/job"
+    write_text(home / "job.json", "{}")
+    command = [sys.executable, "-m", "patient", "outbox/lab_1/checkpoints/job/job.json"]
+    made = clusters.render(profile(KUBERNETES, nodes=1, processes=1, fsdp=1), "job", command)
+    pod = list(yaml.safe_load_all(made))[1]["spec"]["template"]["spec"]["containers"][0]["command"]
+    environment = os.environ | {"PYTHONPATH": f"{repository}:{Path(params.__file__).parents[1]}"}
+    running = subprocess.Popen(pod, cwd=repository, env=environment)
+    while not (home / "attempts.json").exists():
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(60) == 143  # as killed by SIGTERM, which a Job that was disrupted replaces
+    assert read_json(home / "attempts.json")[-1]["stopped"] == {"step": 3, "reason": "preempted"}
 
 
 def test_a_stop_that_a_killed_attempt_left_does_not_end_the_next_one(

@@ -77,12 +77,12 @@ def start(worker: str, monkeypatch: pytest.MonkeyPatch, folder: RunFolder, p: Pa
         (
             {"processes": 4, "fsdp": 2, "restarts": 3},
             "-m torch.distributed.run --nnodes=1 --nproc-per-node=4 --max-restarts=3 --standalone "
-            "--shutdown-timeout=300 -m stackpkg.training.tether -m stackpkg.training.worker {JOB}",
+            "-m stackpkg.training.tether -m stackpkg.training.worker {JOB}",
         ),
         (
             {"processes": 64, "fsdp": 8, "nodes": 8, "restarts": 0},
             "-m torch.distributed.run --nnodes=8 --nproc-per-node=8 --max-restarts=0 "
-            "--rdzv-backend=c10d --rdzv-endpoint=$HEAD_NODE:29500 --rdzv-id=run-train --shutdown-timeout=300 "
+            "--rdzv-backend=c10d --rdzv-endpoint=$HEAD_NODE:29500 --rdzv-id=run-train "
             "-m stackpkg.training.tether -m stackpkg.training.worker {JOB}",
         ),
     ],

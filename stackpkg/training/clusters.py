@@ -32,9 +32,21 @@ def name_of(p: Params, name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"stackpkg-{p.run}-{name}".lower())[:52].strip("-")
 
 
+def _patient(home: str, line: str) -> list[str]:
+    """Shell that runs `line`, and on SIGTERM asks the job for its own stop instead of killing it: torchrun would kill
+    ranks in the middle of a step, this way all of them agree on one checkpoint."""
+    return [
+        f"home={shlex.quote(home)}", "preempted= code=0",
+        """trap 'preempted=1; echo preempted > "$home/stop"' TERM""",
+        'if grep -qsx preempted "$home/stop"; then rm "$home/stop"; fi  # of an attempt that was killed too early',
+        f"{line} &", "job=$!",
+        'while kill -0 "$job" 2>/dev/null; do wait "$job" && code=0 || code=$?; done',
+    ]  # fmt: skip
+
+
 def slurm(p: Params, name: str, command: Sequence[str]) -> str:
-    """A batch script that runs `command` on every node. Before a preemption, or the end of its time, Slurm tells the
-    script, which asks for the job's own stop: one checkpoint that all ranks agree on. Then it is queued again.
+    """A batch script that runs `command` on every node. Slurm tells it before a preemption, or the end of its time; the
+    job stops whole and is queued again.
     """
     cluster, home = p.cluster, f"outbox/{p.run}/checkpoints/{name}"
     options = {
@@ -49,21 +61,19 @@ def slurm(p: Params, name: str, command: Sequence[str]) -> str:
         "#!/bin/bash", *heads, "#SBATCH --requeue", "set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"',
         *(f"export {key}={value}" for key, value in QUIET.items()),
         'export HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        f"home={shlex.quote(home)}", "preempted=",
-        """trap 'preempted=1; echo preempted > "$home/stop"' TERM""",
-        '! grep -qsx preempted "$home/stop" || rm "$home/stop"  # of an attempt that was killed before it saw it',
-        f"srun --kill-on-bad-exit=1 {line} &", "job=$! code=0",
-        'while kill -0 "$job" 2>/dev/null; do wait "$job" && code=0 || code=$?; done',
+        *_patient(home, f"srun --kill-on-bad-exit=1 {line}"),
         'if [ -n "$preempted" ] && [ ! -e "$home/done.json" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
         'exit "$code"', "",
     ])  # fmt: skip
 
 
 def kubernetes(p: Params, name: str, command: Sequence[str]) -> str:
-    """A headless Service and an indexed Job of one pod a node. A preempted pod gets SIGTERM, which torchrun hands on to
-    the ranks; it counts for no failure, and the pod that takes its place goes on from the checkpoint.
+    """A headless Service and an indexed Job of one pod a node. When a pod is preempted the job stops whole; that counts
+    for no failure, and the pods that take their places go on from the checkpoint.
     """
     cluster, called, nodes = p.cluster, name_of(p, name), p.layout.nodes
+    line = shlex.join(part.replace(HEAD, f"{called}-0.{called}") for part in command)
+    script = [*_patient(f"outbox/{p.run}/checkpoints/{name}", line), "exit $((preempted ? 143 : code))"]
     if not (cluster.image and cluster.claim):
         raise ValueError(
             "kubernetes needs cluster.image, which has the environment, and cluster.claim, a volume claim "
@@ -76,7 +86,7 @@ def kubernetes(p: Params, name: str, command: Sequence[str]) -> str:
         "subdomain": called, "restartPolicy": "Never", "terminationGracePeriodSeconds": cluster.grace_seconds,
         "containers": [{
             "name": "node", "image": cluster.image, "workingDir": mounts["repository"],
-            "command": [part.replace(HEAD, f"{called}-0.{called}") for part in command],
+            "command": ["bash", "-c", "\n".join(script)],
             "env": [{"name": key, "value": value} for key, value in QUIET.items()],
             "resources": {"limits": {"nvidia.com/gpu": cluster.gpus_per_node}} if cluster.gpus_per_node else {},
             "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in mounts.items()],

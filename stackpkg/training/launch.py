@@ -33,7 +33,6 @@ def command(job: str, p: Params) -> list[str]:
     where = ["--standalone"] if layout.nodes == 1 else ["--rdzv-backend=c10d", *where]
     per_node = layout.processes // layout.nodes
     options = [f"--nnodes={layout.nodes}", f"--nproc-per-node={per_node}", f"--max-restarts={layout.restarts}", *where]
-    options.append(f"--shutdown-timeout={p.cluster.grace_seconds}")  # ranks told to end have a checkpoint to write
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", TETHER, "-m", WORKER, job]
 
 

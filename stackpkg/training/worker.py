@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,6 @@ def run(job_file: Path) -> None:
     job, home = read_json(job_file), job_file.parent
     folder, p = home.parents[1], params.validate(job["params"])
     rank, ranks = layout.start()
-    # preempted: whichever rank hears of it, all end after one step with one checkpoint, as by a stop file
-    signal.signal(signal.SIGTERM, lambda *_: stop.request(home, "SIGTERM"))
     attempt, checkpoint = _begin(home, rank)
     if rank == 0:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
