@@ -258,3 +258,19 @@ def test_the_cache_reports_on_the_keys_and_values_of_a_model() -> None:
     report = cache.report()
     assert report["kv_error"] <= 1e-3 < report["kv_distortion"] < 0.01, "norms hold; the numbers themselves lose more"
     assert report["kv_ratio"] == pytest.approx(66 / 128) and report["kv_hit_rate"] == 1 and report["kv_evictions"] == 0
+
+
+def test_a_replay_counts_what_a_cache_of_half_the_row_keeps() -> None:
+    k, v = (torch.randn(1, 64, 2, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+
+    # chunks of 8, window of 16: at token 31 chunks 0 and 1 have left it, at 63 chunks 0 to 5; the cache holds four
+    def told(reads: dict[int, list[int]]) -> tuple[float, float]:
+        found = kv_codec.replay(k, v, reads, 8, 16)
+        return float(found["kv_hit_rate"]), float(found["kv_evictions"])
+
+    assert told({31: [0, 1], 63: [4, 5]}) == (1.0, 2.0)
+    assert told({31: [1], 63: [0, 1, 2, 5]}) == (pytest.approx(0.6), 2.0), "0 and 1 went, the newest are there"
+    assert math.isnan(told({31: [3], 20: [1]})[0]), "still in the window: nothing is read"
+    assert told({})[1] == 0
+    broken = kv_codec.replay(k * float("nan"), v, {31: [0]}, 8, 16)
+    assert broken["kv_hit_rate"].isnan() and broken["kv_evictions"] == 0

@@ -11,7 +11,7 @@ from stackpkg.model import build
 from stackpkg.telemetry.probes import model_statistics, normalised_entropy, router_statistics
 
 ATTENTION = {f"attention_entropy_{name}" for name in ("mean", "std", "median")}
-ATTENTION |= {"masked_edge_share", "kv_ratio", "kv_error"}
+ATTENTION |= {"masked_edge_share", "kv_ratio", "kv_error", "kv_hit_rate", "kv_evictions"}
 
 
 def ids(rows: int = 2, length: int = 48) -> torch.Tensor:

@@ -111,7 +111,8 @@ class SelfAttention(Projections):
     def linearised(
         self, q: Tensor, k: Tensor, v: Tensor, document: Tensor, scopes: Scopes | None, measure: bool
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor] | None]:
-        codec = kv_codec.measure(k, v, keep=self.config.sliding_window) if measure else {}
+        w, size = self.config.sliding_window, self.config.block_size
+        codec = kv_codec.measure(k, v, keep=w) | kv_codec.replay(k[:1], v[:1], {}, size, w) if measure else {}
         dtype, (q, k, v) = v.dtype, (t.float() for t in (q, k, v))
         maps: linear.Maps = linear.elu, linear.elu
         if self.config.feature_map == "favor":

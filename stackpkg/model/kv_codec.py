@@ -12,7 +12,7 @@ small. The plain distortion is several times larger: `measure` reports both.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -154,3 +154,26 @@ class Cache:
             "kv_hit_rate": self._hits / self._reads if self._reads else nothing,
             "kv_evictions": self._evictions,
         }
+
+
+@torch.no_grad()
+def replay(k: Tensor, v: Tensor, reads: Mapping[int, Iterable[int]], chunk: int, window: int) -> dict[str, Tensor]:
+    """`kv_hit_rate` and `kv_evictions` of a `Cache` with room for half of a row's chunks; k and v [1, L, heads, d].
+
+    A chunk of tokens is written when it leaves the window; `reads` tells at which token which chunks are read. Those
+    still in the window are no matter of the cache. The rate is NaN when nothing is read.
+    """
+    nothing, total = {"kv_hit_rate": k.new_tensor(float("nan")), "kv_evictions": k.new_zeros(())}, k.shape[1] // chunk
+    if total < 2 or not (k.isfinite().all() and v.isfinite().all()):
+        return nothing
+    cache, written = Cache(total // 2 * _encode(torch.cat((k, v))[:, :chunk], keep=0).bytes), 0
+    for token in sorted(reads):
+        while (written + 1) * chunk <= token + 1 - window:
+            part = slice(written * chunk, (written + 1) * chunk)
+            cache.write(written, k[:, part], v[:, part])
+            written += 1
+        for number in sorted(reads[token]):
+            if number < written:
+                cache.read(number)
+    told = cache.report()
+    return {name: k.new_tensor(told[name]) for name in nothing}

@@ -143,7 +143,8 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
 @torch.no_grad()
 def attention_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
     """One forward that measures attention: `entropy` and `masked_edge_share` [layers, heads], both in [0, 1], and
-    `kv_ratio`, `kv_error`, `kv_distortion` [layers]. Every rank must call it; a tensor-parallel rank gets its heads.
+    what the KV codec and its cache measure, `kv_ratio` and others [layers]. Every rank must call it; a tensor-parallel
+    rank gets its heads.
     Empty for a model other than the reference model.
     """
     if not isinstance(model, StackForCausalLM):

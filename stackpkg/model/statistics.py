@@ -20,7 +20,9 @@ def statistics(
     """From chunked queries and keys [n, heads, ., d] of each part of rows, and the plain k and v [b, L, heads, d].
 
     Per head: `entropy`, mean of H / log(visible keys) over rows that see more than one key (the null slot counts),
-    and `masked_edge_share`, probability on keys that causality or the pattern forbid. Then the KV codec's round trip.
+    and `masked_edge_share`, probability on keys that causality or the pattern forbid. Then the KV codec's round trip,
+    and what `kv_codec.replay` says of the first row: a chunk of queries reads, of the blocks behind its window, the one
+    whose summary each head attends to most.
     The probabilities are those of the kernel itself, read by giving it the identity as values; the forbidden edges
     are derived from token positions, not from the mask.
     """
@@ -30,15 +32,17 @@ def statistics(
     last = (levels.last // config.block_size + 1)[levels.chosen] * config.block_size - 1
     places = zip(cut.split(token, length), cut.near(token, -1), last.split(cut.sizes(len(last))), strict=True)
     entropy = share = counted = k.new_zeros((), dtype=torch.float32)
-    for q, keys_of, mask, (query, reads, far) in zip(queries, keys, layout.masks, places, strict=True):
+    reads = dict[int, set[int]]()
+    for q, keys_of, mask, (query, seen_near, far) in zip(queries, keys, layout.masks, places, strict=True):
         p = probabilities(q, keys_of, mask).unflatten(0, (batch, -1))  # [b, n / b, heads, chunk, keys]
-        query, near = query.flatten(0, 2)[..., None], torch.cat(reads, 3).flatten(0, 2)[:, None]
+        query, near = query.flatten(0, 2)[..., None], torch.cat(seen_near, 3).flatten(0, 2)[:, None]
         back = query - near
         if pattern == "block":
             outside = near // (w // 2) < query // (w // 2) - 1
         else:
             outside = (back >= w * cut.dilation) | (back % cut.dilation != 0)
-        later = far.repeat(cut.dilation, 1)[:, None] > query
+        ends = far.repeat(cut.dilation, 1)
+        later = ends[:, None] > query
         hidden = torch.cat(((back < 0) | (near < 0) | outside, torch.zeros_like(outside[..., :1]), later), -1)[:, None]
         seen = (mask == 0).sum(-1).unflatten(0, (batch, -1))
         rows = (query[..., 0] < length)[:, None] & (seen > 1)  # [b, n / b, 1, chunk]
@@ -49,7 +53,14 @@ def statistics(
             for total, value in ((entropy, certainty), (share, (p * hidden).sum(-1)))
         )
         counted = counted + rows.sum()
-    return {"entropy": entropy / counted, "masked_edge_share": share / counted, **kv_codec.measure(k, v, keep=w)}
+        if ends.shape[1]:
+            most = p[0, ..., -ends.shape[1] :].sum(2).max(-1)  # [n / b, heads]
+            blocks = torch.where(most.values > 0, ends.gather(1, most.indices) // config.block_size, -1)
+            at = query.flatten(1).amax(1).clamp_max(length - 1)
+            for now, wanted in zip(at.tolist(), blocks.tolist(), strict=True):
+                reads.setdefault(now, set()).update(block for block in wanted if block >= 0)
+    codec = kv_codec.measure(k, v, keep=w) | kv_codec.replay(k[:1], v[:1], reads, config.block_size, w)
+    return {"entropy": entropy / counted, "masked_edge_share": share / counted, **codec}
 
 
 def probabilities(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:

@@ -51,5 +51,7 @@ def model_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str, flo
             "masked_edge_share": float(found["masked_edge_share"].max()),
             "kv_ratio": float(found["kv_ratio"].mean()),
             "kv_error": float(found["kv_error"].max()),
+            "kv_hit_rate": float(found["kv_hit_rate"].nanmean()),
+            "kv_evictions": float(found["kv_evictions"].sum()),
         }
     return series
