@@ -1,11 +1,17 @@
 """A bad step leaves no trace: weights and Adam's moments are the same bits after it."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
-from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS, SkipNonFinite, inject
+from stackpkg import params
+from stackpkg.data import curriculum
+from stackpkg.runs import read_json
+from stackpkg.telemetry.guard import Guard
+from stackpkg.training.faults import inject
+from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS, RollBack, Skips, climb, history
 
 
 def trained(**options: bool) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -34,14 +40,17 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+SPIKE = Guard.production(params.validate({})).named("TrainGradSpike")
+
+
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_skipped_step_changes_no_bit(options: dict[str, bool], value: float) -> None:
     model, optimizer = trained(**options)
     before = state(model, optimizer)
     next(model.parameters()).grad.view(-1)[3] = value
-    skips = SkipNonFinite()
-    assert skips.check(model, norm(model)) is True
+    skips = Skips(SPIKE)
+    assert skips.check(model, norm(model), 1) is True
     optimizer.step()
     assert same(state(model, optimizer), before)
     assert (skips.total, skips.consecutive) == (1, 1)
@@ -49,33 +58,88 @@ def test_a_skipped_step_changes_no_bit(options: dict[str, bool], value: float) -
 
 def test_a_finite_step_is_taken() -> None:
     model, optimizer = trained(fused=True)
-    before, skips = state(model, optimizer), SkipNonFinite()
-    assert skips.check(model, norm(model)) is False
+    before, skips = state(model, optimizer), Skips(SPIKE)
+    assert skips.check(model, norm(model), 1) is False
     optimizer.step()
     assert not same(state(model, optimizer), before) and skips.total == 0
 
 
 def test_four_in_a_row_are_a_fault_and_a_good_step_starts_the_count_again() -> None:
     model, _ = trained()
-    skips, bad, good = SkipNonFinite(), torch.tensor(float("nan")), torch.tensor(1.0)
+    skips, bad, good, step = Skips(SPIKE), torch.tensor(float("nan")), torch.tensor(1.0), 0
     for _ in range(2):
-        assert all(skips.check(model, bad) for _ in range(MAX_CONSECUTIVE_SKIPS - 1))
-        assert not skips.check(model, good) and skips.consecutive == 0
+        for _ in range(MAX_CONSECUTIVE_SKIPS - 1):
+            step += 1
+            assert skips.check(model, bad, step)
+        step += 1
+        assert not skips.check(model, good, step) and skips.consecutive == 0
     assert skips.total == 6
-    for _ in range(3):
-        skips.check(model, bad)
-    with pytest.raises(FloatingPointError, match="4 steps in a row"):
-        skips.check(model, bad)
+    for k in range(1, 4):
+        skips.check(model, bad, step + k)
+    with pytest.raises(RollBack, match="from step 9 to 12") as raised:
+        skips.check(model, bad, step + 4)
+    assert (raised.value.first, raised.value.last) == (9, 12)
+
+
+def told(norms: list[float], skips: Skips | None = None) -> tuple[list[bool], Skips]:
+    model, _ = trained()
+    skips = skips or Skips(SPIKE)
+    return [skips.check(model, torch.tensor(value), step) for step, value in enumerate(norms, 1)], skips
+
+
+def test_a_spike_is_dropped_and_the_window_learns_nothing_from_it() -> None:
+    calm = [1.0 + 0.01 * k for k in range(12)]
+    skipped, skips = told([*calm, 500.0, 1.1, 40.0, 1.0])
+    assert skipped == [False] * 12 + [True, False, True, False] and skips.total == 2
+    assert max(skips.window) < 2
+    resumed = Skips(SPIKE)
+    resumed.load_state_dict(skips.state_dict())
+    assert told([500.0], resumed)[0] == [True], "a window that was saved judges at once"
+    assert told([500.0])[0] == [False], "a new one has nothing to judge by"
+
+
+def test_a_level_shift_costs_four_updates_and_no_more() -> None:
+    skipped, skips = told([1.0] * 12 + [30.0] * 12)
+    assert skipped == [False] * 12 + [True] * 4 + [False] * 8 and min(skips.window) == 30.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_ladder_is_climbed_rung_by_rung_at_one_place(tmp_path: Path, precision: str) -> None:
+    for number in (2, 4, 6):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    fault, rungs = RollBack(5, 8), ["roll_back", "skip_data"] + ["fp32"] * (precision == "bf16")
+    assert [climb(tmp_path, attempt, fault, precision) for attempt, _ in enumerate(rungs, 1)] == rungs
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2", "checkpoint-4", "checkpoint-6.aside-1",
+    ]  # fmt: skip
+    assert curriculum.decisions(tmp_path / "decisions.jsonl") == [{"kind": "skip", "step": 4, "steps": 4}]
+    assert climb(tmp_path, 9, RollBack(20, 23), precision) == "roll_back", "another place begins anew"
+    with pytest.raises(FloatingPointError, match=f"again after {', '.join(rungs)}"):
+        climb(tmp_path, 4, fault, precision)
+    assert read_json(tmp_path / "diagnosis.json")["tried"] == rungs
+    assert [event["rung"] for event in history(tmp_path)] == [*rungs, "roll_back", "stop"]
 
 
 def test_faults_strike_where_they_are_told_to() -> None:
-    model, _ = trained()
+    model, optimizer = trained()
     clean = [parameter.grad.clone() for parameter in model.parameters()]
-    fault = {"kind": "nan_gradient", "step": 3, "rank": 1, "attempt": 2}
-    for step, rank, attempt in [(2, 1, 2), (3, 0, 2), (3, 1, 1)]:
-        inject(fault, step=step, rank=rank, attempt=attempt, model=model)
+    at = {"step": 3, "rank": 1, "attempt": 2, "cursor": 7, "precision": "bf16"}
+    fault = {"kind": "nan_gradient", "step": [3, 4], "rank": 1, "attempt": 2, "cursor": 7, "precision": "bf16"}
+    for key, other in {"step": 5, "rank": 0, "attempt": 1, "cursor": 6, "precision": "fp32"}.items():
+        inject(fault, model, optimizer, **at | {key: other})
     assert same([parameter.grad for parameter in model.parameters()], clean)
-    inject(fault, step=3, rank=1, attempt=2, model=model)
+    inject(fault, model, optimizer, **at)
     assert sum(int(parameter.grad.isnan().sum()) for parameter in model.parameters()) == 1
-    with pytest.raises(ValueError, match="unknown fault 'bit_flip'; known: nan_gradient, kill"):
-        inject({"kind": "bit_flip", "step": 1, "rank": 0}, step=1, rank=0, attempt=1, model=model)
+    with pytest.raises(ValueError, match="unknown fault 'bit_flip'; known: kill, nan_gradient"):
+        inject({"kind": "bit_flip", "step": 1}, model, optimizer, **at)
+
+
+@pytest.mark.parametrize(("kind", "damaged"), [("nan_parameter", "weights"), ("nan_moment", "moments")])
+def test_damage_to_the_state_is_one_number(kind: str, damaged: str) -> None:
+    model, optimizer = trained()
+    inject({"kind": kind}, model, optimizer, step=1)
+    bad = {
+        "weights": sum(int(p.isnan().sum()) for p in model.parameters()),
+        "moments": sum(int(s["exp_avg"].isnan().sum()) for s in optimizer.state.values()),
+    }
+    assert bad == {"weights": 0, "moments": 0} | {damaged: 1}

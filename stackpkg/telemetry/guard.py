@@ -33,7 +33,7 @@ class Alert(Section):
     per: Literal["step", "evaluation"] = "step"
     drill: Drill
     severity: Literal["critical", "warning"]
-    action: Literal["log", "snapshot", "retrieval_off", "stop"]
+    action: Literal["log", "skip", "roll_back", "retrieval_off", "snapshot", "stop"]
     summary: str
 
     def drilled(self) -> "Alert":
@@ -62,6 +62,9 @@ class Guard:
     @classmethod
     def production(cls, p: Params) -> "Guard":
         return cls(load(p))
+
+    def named(self, name: str) -> Alert:
+        return next(alert for alert in self.alerts if alert.name == name)
 
     def observe(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Alerts this row fires. A series that is absent, null or not finite says nothing; `nonfinite` counts those."""

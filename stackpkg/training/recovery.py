@@ -1,13 +1,20 @@
-"""What happens when a step goes wrong, and the faults that drill it.
+"""What happens when a step goes wrong: a ladder of rungs, each tried only when the one before did not help.
 
-First rung of the ladder: an update whose global gradient norm is not finite is dropped. The gradients are
-taken away (select), never multiplied by zero (0 x NaN is NaN), so weights, moments and average stay bit-identical.
+1 skip        an update whose global gradient norm is not finite, or a spike, is dropped within its step
+2 roll_back   after four in a row that are not finite, or weights that are not: the newest good checkpoint
+3 skip_data   it came back at the same place: from the checkpoint again, without the data of those steps
+4 fp32        it came back, in bf16: from the checkpoint again, in fp32 from there to the end
+5 stop        it came back: the job ends with a diagnosis
+
+Rungs 2 to 5 begin a new attempt in the same processes and are lines of `ladder.jsonl` in the job's folder.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
-import signal
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +23,99 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from stackpkg.data import curriculum
+from stackpkg.runs import now, write_json
+from stackpkg.telemetry.guard import WINDOW, Alert, score
 from stackpkg.training import stop
 
 MAX_CONSECUTIVE_SKIPS = 4
+RUNGS = ("skip", "roll_back", "skip_data", "fp32", "stop")
+HISTORY = "ladder.jsonl"
 
 
-class SkipNonFinite:
-    """Counts skipped updates; state that spans steps, so it goes into the checkpoint."""
+class RollBack(FloatingPointError):
+    """Gradients, or weights, were not finite from step `first` to step `last` (from 1). Raised on all ranks at once."""
 
-    def __init__(self) -> None:
-        self.total = self.consecutive = 0
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(f"numbers were not finite from step {first} to {last}")
+        self.first, self.last = first, last
 
-    def check(self, model: nn.Module, norm: Tensor) -> bool:
-        """True if this update must be skipped. The norm is global, so all ranks agree without another message.
 
-        Raises `FloatingPointError` after four skips in a row: the fault is not a single bad batch.
+class Skips:
+    """Drops updates. The gradients are taken away (select), never multiplied by zero (0 x NaN is NaN), so weights,
+    moments and average stay bit-identical. The state spans steps, so it goes into the checkpoint.
+
+    What a spike is, `spike` says (alerts.yaml): the window of norms is robust and learns from accepted steps alone.
+    Four spikes in a row are a new level: it is accepted, and the window learns anew.
+    """
+
+    def __init__(self, spike: Alert) -> None:
+        self.spike, self.total, self.consecutive = spike, 0, 0
+        self.window: deque[float] = deque(maxlen=WINDOW)
+
+    def check(self, model: nn.Module, norm: Tensor, step: int) -> bool:
+        """True if the update of `step` must be skipped. The norm is global, so all ranks agree without a message.
+
+        Raises `RollBack` after four in a row when the last is not finite: the fault is not a single bad batch.
         """
-        if bool(torch.isfinite(norm)):
+        value, capped = float(norm), self.consecutive >= MAX_CONSECUTIVE_SKIPS
+        bad = not math.isfinite(value)
+        if not bad and (capped or score(self.spike, value, self.window) <= float(self.spike.threshold)):
+            if capped:
+                self.window.clear()
             self.consecutive = 0
+            self.window.append(value)
             return False
-        self.total += 1
-        self.consecutive += 1
+        self.total, self.consecutive = self.total + 1, self.consecutive + 1
         for parameter in model.parameters():
             parameter.grad = None
-        if self.consecutive >= MAX_CONSECUTIVE_SKIPS:
-            raise FloatingPointError(
-                f"the gradient norm was not finite for {self.consecutive} steps in a row: the data or the weights are "
-                "damaged. Look at the last rows of the telemetry, then resume from an earlier checkpoint"
-            )
+        if bad and self.consecutive >= MAX_CONSECUTIVE_SKIPS:
+            raise RollBack(step - self.consecutive + 1, step)
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "consecutive": self.consecutive, "window": list(self.window)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.consecutive = state["total"], state["consecutive"]
+        self.window = deque(state["window"], maxlen=WINDOW)
+
+
+def history(home: Path) -> list[dict[str, Any]]:
+    """The rungs that the job in `home` has climbed, in order: rung, first, last, attempt, at."""
+    path = home / HISTORY
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def climb(home: Path, attempt: int, fault: RollBack, precision: str) -> str:
+    """The next rung at the place of `fault`, recorded and prepared on disk: for rank 0, between two attempts.
+
+    Checkpoints from the fault on are set aside, not deleted. Raises `FloatingPointError`, which ends the job, when
+    nothing is left to try; `diagnosis.json` then says what was.
+    """
+    tried = [e["rung"] for e in history(home) if e["first"] <= fault.last and fault.first <= e["last"]]
+    rung = next(r for r in RUNGS[1:] if r not in tried and (r != "fp32" or precision == "bf16"))
+    event = {"rung": rung, "first": fault.first, "last": fault.last, "attempt": attempt, "at": now()}
+    if rung == "stop":
+        write_json(home / "diagnosis.json", event | {"tried": tried})
+    for checkpoint in home.glob("checkpoint-*"):
+        number = checkpoint.name.partition("-")[2]
+        if number.isdigit() and int(number) >= fault.first:
+            checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.aside-{attempt}"))
+    if rung == "skip_data":  # what is decided counts steps from 0
+        passed = {"kind": "skip", "step": fault.first - 1, "steps": fault.last - fault.first + 1}
+        curriculum.record(home / "decisions.jsonl", [passed])
+    with (home / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if rung == "stop":
+        raise FloatingPointError(
+            f"{fault}, and again after {', '.join(tried)}: the fault is in the weights, the code or the machine. "
+            "Look at the last rows of the telemetry and at diagnosis.json, then resume from an earlier checkpoint"
+        )
+    return rung
 
 
 class StopFile(TrainerCallback):
@@ -61,20 +132,3 @@ class StopFile(TrainerCallback):
         if flag and state.global_step < state.max_steps:
             self.seen = control.should_save = control.should_training_stop = True
         return control
-
-
-def inject(fault: dict[str, Any], *, step: int, rank: int, attempt: int, model: nn.Module) -> None:
-    """Do the damage that `fault` asks for if this is its step, rank and attempt.
-
-    Kinds: `nan_gradient` (one number of one parameter of one rank), `kill` (SIGKILL, as the machine would).
-    """
-    if (fault["step"], fault["rank"], fault.get("attempt", attempt)) != (step, rank, attempt):
-        return
-    if fault["kind"] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif fault["kind"] == "nan_gradient":
-        gradient = next(p.grad for p in model.parameters() if p.grad is not None)
-        shard = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        shard.view(-1)[0] = float("nan")
-    else:
-        raise ValueError(f"unknown fault {fault['kind']!r}; known: nan_gradient, kill")

@@ -30,10 +30,11 @@ from stackpkg.telemetry.probes import model_statistics, router_statistics
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import checkpoint, riders
 from stackpkg.training.ema import ShardedEMA, reshard
+from stackpkg.training.faults import inject
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_beta
-from stackpkg.training.recovery import SkipNonFinite, inject
+from stackpkg.training.recovery import RollBack, Skips
 from stackpkg.training.snapshots import complete
 
 
@@ -56,21 +57,20 @@ class StackTrainer(Trainer):
         attempt: int,
         guard: Guard,
         faults: list[dict[str, Any]],
+        rung: int,
     ) -> None:
         # Trainer refuses to checkpoint a model sharded at load time (transformers 5.23); this class brings its own way.
-        args.save_only_model = True
-        super().__init__(
-            model=model, args=args, train_dataset=StreamDataset(stream), eval_dataset=StreamDataset(stream)
-        )
+        args.save_only_model, rows = True, StreamDataset(stream)
+        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=rows)
         args.save_only_model = False
         self.network = model  # what Trainer calls `self.model`, with a type
         self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
-        self.p, self.stream, self.folder, self.name, self.attempt = p, stream, folder, name, attempt
+        self.p, self.stream, self.folder, self.name, self.attempt, self._rung = p, stream, folder, name, attempt, rung
         self.mesh, self.rank, self.ranks = mesh, dist.get_rank(), p.layout.data_parallel
         self.composer = Composer(p.objectives, routing.routers(model))
         self.riders = riders.Riders(model, stream, p.objectives, name, self.args.device)
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
-        self.skips, self.guard, self.faults = SkipNonFinite(), guard, faults
+        self.skips, self.guard, self.faults = Skips(guard.named("TrainGradSpike")), guard, faults
         self.retriever = Retriever(stream, p)
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
         self._raw: list[dict[str, Tensor]] = []
@@ -132,11 +132,13 @@ class StackTrainer(Trainer):
 
     # ---- update
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        step = self.state.global_step
+        here = {"step": step + 1, "rank": self.rank, "attempt": self.attempt, "precision": self.p.training.precision}
         for fault in self.faults:
-            inject(fault, step=self.state.global_step + 1, rank=self.rank, attempt=self.attempt, model=model)
+            inject(fault, model, self.optimizer.optimizer, cursor=self.stream.plan.position(step), **here)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = self.mesh.clip(gradients, self.args.max_grad_norm)
-        self._update_skipped = self.skips.check(model, norm)
+        self._update_skipped = self.skips.check(model, norm, step + 1)
         # accelerate reports the step as skipped, so Trainer does not advance the schedule either
         self.optimizer._is_overflow = self._update_skipped
         return norm
@@ -167,7 +169,9 @@ class StackTrainer(Trainer):
         found = norms({name.removeprefix("square_"): value for name, value in squares.items()})
         series |= {f"gradient_{name}": value for name, value in found.items()}
         self._raw.clear()
-        updates = step - self.skips.total
+        updates, weights = step - self.skips.total, float(self.mesh.norm(self.network.parameters()))
+        if not math.isfinite(weights):  # where, is not seen in a gradient until that number is used
+            raise RollBack(step, step)
         if step == 1 or step % self.p.training.epoch_steps == 0:
             held_out = (self.stream.validation(domain, 1)["input_ids"] for domain in self.stream.domains)
             probe = torch.as_tensor(next(ids for ids in held_out if len(ids)), device=self.args.device)
@@ -176,11 +180,12 @@ class StackTrainer(Trainer):
         return {
             "loss": loss,
             "grad_norm": grad_norm,
-            "weight_norm": float(self.mesh.norm(self.network.parameters())),  # the same across a skip, to the last bit
+            "weight_norm": weights,  # the same across a skip, to the last bit
             "learning_rate": learning_rate,
             "beta1_effective": effective_beta(o.betas[0], updates),
             "beta2_effective": effective_beta(o.betas[1], updates),
             "update_skipped": int(self._update_skipped),
+            "recovery_rung": max(int(self._update_skipped), self._rung),
             "nonfinite": int(not math.isfinite(loss)) + int(not math.isfinite(grad_norm)),
             "context": self._sequence,
             "tokens_per_second": self.counts.rows * self._sequence / seconds,
@@ -272,7 +277,7 @@ class StackTrainer(Trainer):
             "scheduler": self.lr_scheduler.state_dict(),
             "composer": self.composer.state_dict(),
             "ema_updates": self.ema.updates,
-            "skips": [self.skips.total, self.skips.consecutive],
+            "skips": self.skips.state_dict(),
             "guard": json.dumps(self.guard.state_dict()),
             "switch": self.retriever.switch.state_dict(),
         }
@@ -285,7 +290,7 @@ class StackTrainer(Trainer):
         checkpoint.restore(self.lr_scheduler, scalars["scheduler"])
         self.composer.load_state_dict(scalars["composer"])
         self.ema.updates = scalars["ema_updates"]
-        self.skips.total, self.skips.consecutive = scalars["skips"]
+        self.skips.load_state_dict(scalars["skips"])
         self.guard.load_state_dict(json.loads(scalars["guard"]))
         self.retriever.switch.load_state_dict(scalars["switch"])
 

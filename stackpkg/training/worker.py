@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -16,11 +17,12 @@ from stackpkg import model as models
 from stackpkg import params
 from stackpkg.data import curriculum, manifest
 from stackpkg.data.stream import Stream
+from stackpkg.params import Params
 from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import rows
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training import layout, snapshots, stop
-from stackpkg.training.mesh import build
+from stackpkg.training import layout, recovery, snapshots, stop
+from stackpkg.training.mesh import Mesh, build
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.recovery import StopFile
 from stackpkg.training.trainer import StackTrainer
@@ -42,11 +44,50 @@ def _begin(home: Path, rank: int) -> tuple[int, Path | None]:
     return attempt, Path(path) if path else None
 
 
+def _precision(home: Path, p: Params) -> Params:
+    """The profile, in fp32 from the rung on that says so."""
+    if all(event["rung"] != "fp32" for event in recovery.history(home)):
+        return p
+    return p.model_copy(update={"training": p.training.model_copy(update={"precision": "fp32"})})
+
+
 def run(job_file: Path) -> None:
-    """Train the job to its last step, or to its stop file; rank 0 writes `done.json` when everything is on disk."""
+    """Train the job to its last step, or to its stop file; rank 0 writes `done.json` when everything is on disk.
+
+    An attempt whose updates are not finite ends on all ranks at once; the ladder says how the next one begins.
+    """
     job, home = read_json(job_file), job_file.parent
     folder, p = home.parents[1], params.validate(job["params"])
-    rank, ranks = layout.start()
+    layout.start()
+    mesh, rung = build(p.layout), 0
+    while True:
+        try:
+            _attempt(job, home, folder, _precision(home, p), mesh, rung)
+            break
+        except recovery.RollBack as fault:
+            rung = _climb(home, fault, _precision(home, p).training.precision)
+        gc.collect()  # the model of that attempt
+    dist.destroy_process_group()
+
+
+def _climb(home: Path, fault: recovery.RollBack, precision: str) -> int:
+    """The number of the next rung: rank 0 climbs, the others hear of it. All raise `FloatingPointError` at the end."""
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        attempt = len(read_json(home / "attempts.json"))
+        try:
+            told = [recovery.climb(home, attempt, fault, precision)]
+        except FloatingPointError as error:
+            told = [error]
+        print(f"[{home.name}] {fault}: {told[0]}", flush=True)
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], FloatingPointError):
+        raise told[0]
+    return recovery.RUNGS.index(told[0]) + 1
+
+
+def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     attempt, checkpoint = _begin(home, rank)
     if rank == 0:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
@@ -64,7 +105,6 @@ def run(job_file: Path) -> None:
         models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)
     dist.barrier()
     set_seed(p.seed)
-    mesh = build(p.layout)
     model = layout.load_sharded(initial, p)
     arguments = TrainingArguments(**training_arguments(p, home, job["steps"]), use_cpu=not torch.cuda.is_available())
     trainer = StackTrainer(
@@ -78,18 +118,20 @@ def run(job_file: Path) -> None:
         attempt=attempt,
         guard=Guard.production(p),
         faults=job["faults"],
+        rung=rung,
     )
     trainer.remove_callback(PrinterCallback)
     asked = StopFile(home)
     trainer.add_callback(asked)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.rows.flush()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.rows.flush()
     if asked.seen:
         dist.barrier()
         if rank == 0:
             rows.compact(folder / "telemetry" / job["name"])
             print(f"[{job['name']}] stopped: {stop.record(home, trainer.state.global_step)}", flush=True)
-        dist.destroy_process_group()
         return
 
     trainer.save_model(str(home / "final"))
@@ -110,7 +152,6 @@ def run(job_file: Path) -> None:
         rows.compact(folder / "telemetry" / job["name"])
         write_json(home / "done.json", summary | {"at": now()})
         print(f"[{job['name']}] done: {trainer.state.global_step} steps", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

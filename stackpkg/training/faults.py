@@ -1,0 +1,44 @@
+"""Faults on purpose: what drills the ladder and the tests do to a running job."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("kill", "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "nan_moment")
+
+
+def _own(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def inject(fault: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, **here: Any) -> None:
+    """Do the damage that `fault` asks for, between the backward pass and the update, if it names this place.
+
+    `here` is step (from 1), rank, attempt, cursor (step of the data, from 0) and precision; a fault names any of them,
+    by a value or a list of values. Kinds: `kill` (SIGKILL, as the machine would); NaN or infinity in one number of a
+    gradient, or a gradient 10,000 times as large; NaN in one number of a weight or of Adam's first moment, from which
+    the next gradients are none. Raises `ValueError` for an unknown kind.
+    """
+    if fault["kind"] not in KINDS:
+        raise ValueError(f"unknown fault {fault['kind']!r}; known: {', '.join(KINDS)}")
+    if any(
+        here[key] not in (value if isinstance(value, list) else [value]) for key, value in fault.items() if key in here
+    ):
+        return
+    if fault["kind"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    learning = [p for p in model.parameters() if p.grad is not None and _own(p).numel()]
+    if fault["kind"] == "spike_gradient":
+        for parameter in learning:
+            _own(parameter.grad).mul_(1e4)
+        return
+    first = learning[0]
+    places = {"nan_parameter": first, "nan_moment": optimizer.state[first].get("exp_avg", first)}
+    value = float("inf" if fault["kind"] == "inf_gradient" else "nan")
+    _own(places.get(fault["kind"], first.grad)).view(-1)[0] = value
