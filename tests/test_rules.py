@@ -60,7 +60,7 @@ def promtool(tmp_path: Path, rule: dict, series: str, values: str, expected: dic
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
-CALM = {"nonfinite": 0, "update_skipped": 0, "loss": 2, "grad_norm": 1, "router_entropy": 0.6}
+CALM = {"nonfinite": 0, "update_skipped": 0, "recovery_rung": 0, "loss": 2, "grad_norm": 1, "router_entropy": 0.6}
 CALM |= {"attention_entropy_median": 0.5, "precision_at_k": 0.9, "data_wait_seconds": 0}
 
 
