@@ -120,6 +120,11 @@ class Sweep(Section):
 
     trials: int = Field(4, ge=1)
     steps: int = Field(8, ge=2, description="optimiser steps per trial")
+    max_violations: Share = Field(
+        0.0,
+        description="of a trial, which may be too short to unlearn all; the run's own "
+        "limit is evaluation.max_violations",
+    )
     finalists: int = Field(3, ge=1, description="best trials that run again, beside the profile")
     seeds: int = Field(3, ge=1, description="seeds of each finalist, none of which the search saw")
     hot: list[Annotated[float, Field(gt=0)]] = Field(

@@ -86,5 +86,5 @@ def excess(p: Params, report: dict[str, Any]) -> dict[str, float]:
     if entropies:
         made["router_entropy"] = max(low - min(entropies), max(entropies) - high)
     if "violations" in report:
-        made["violations"] = float(report["violations"]) - p.evaluation.max_violations
+        made["violations"] = float(report["violations"]) - p.sweep.max_violations
     return {name: value if value == value else float("inf") for name, value in made.items()}
