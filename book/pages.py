@@ -164,17 +164,19 @@ def archive(run: dict[str, Any], folder: Path) -> str:
 
 
 def support(found: dict[str, Any]) -> str:
-    """Layout by model: largest relative difference of loss and of gradient against one process."""
+    """Layout by model: largest relative difference of a gradient from one process's."""
     cells = {(row["layout"], row["model"]): row for row in found["rows"]}
     names = list(dict.fromkeys(model for _, model in cells))
     rows = []
     for layout in dict.fromkeys(layout for layout, _ in cells):
         here = [cells.get((layout, model)) for model in names]
-        shown = [f"{row['loss']:.0e}, {row['gradient']:.0e}" if row and "loss" in row else "" for row in here]
+        shown = [f"{row['gradient']:.0e}" if row and "gradient" in row else "" for row in here]
         rows.append([code(layout), *map(text, shown)])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     limits = ", ".join(f"{name} {limit:g}" for name, limit in found["limits"].items())
-    note = f"Loss, gradient\\. Limits: {text(limits)}\\. Versions: {text(versions)}\\. Empty: no experts to spread\\.\n"
+    loss = text(f"{max(row.get('loss', 0.0) for row in found['rows']):.0e}")
+    note = f"Of the gradient; of the loss, {loss} at most\\. Empty: no experts to spread\\. "
+    note += f"Limits: {text(limits)}\\. Versions: {text(versions)}\\.\n"
     return note + "\n" + table(" | ".join(["layout", *names]), rows)
 
 
