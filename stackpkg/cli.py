@@ -90,7 +90,8 @@ def launch(
             typer.echo(clusters.render(p, job, command) if away else " ".join(command), nl=not away)
             return
         home = RunFolder(p.run).path / "checkpoints" / job
-        signal.signal(signal.SIGTERM, lambda *_: stop.request(home, "SIGTERM"))  # the job ends whole, then this does
+        if p.cluster.scheduler == "none":  # a job that runs here ends whole, then this does
+            signal.signal(signal.SIGTERM, lambda *_: stop.request(home, "SIGTERM"))
         done = launcher.launch(job, p, RunFolder(p.run))
     except (OSError, RuntimeError, ValueError) as error:  # what is missing, what failed, or what to run by hand
         _stop(error)

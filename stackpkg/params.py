@@ -122,6 +122,11 @@ class Params(Section):
                 product = f"{stage.context} x {ranks} x {accumulation} of a curriculum stage"
                 what = f"context x data-parallel ranks x training.accumulation = {product}"
                 raise ValueError(f"training.batch_tokens = {self.training.batch_tokens} is not a multiple of {what}")
+        if self.layout.tp > 1 and self.objectives.conformance and any(stage.conversations for stage in self.curriculum):
+            raise ValueError(
+                "objectives.conformance is not right under tensor parallelism, where a rank sees its own heads alone: "
+                "set layout.tp to 1, objectives.conformance to 0, or the conversations of every stage to 0"
+            )
         if self.curriculum[-1].until:
             raise ValueError("the last curriculum stage can't have `until`: it takes the steps that the others saved")
         return self

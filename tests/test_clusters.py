@@ -201,14 +201,29 @@ def test_kubectl_is_asked_to_replace_the_job_and_told_of_its_end(
     home = folder.path / "checkpoints/job"
     body = f"""
         echo "$@" >> "$SLURM/kubectl.log"
-        case $1 in apply) echo '{{"steps": 1}}' > "{home}/done.json" ;; get) echo Complete ;; esac
+        case $1 in apply) echo '{{"steps": 1}}' > "{home}/done.json" ;; esac
     """
     path = write_text(slurm / "bin/kubectl", "#!/bin/bash\n" + textwrap.dedent(body))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     assert launch.launch("job", profile(KUBERNETES), folder) == {"steps": 1}
     asked = [line.split()[0] for line in (slurm / "kubectl.log").read_text().splitlines()]
-    assert asked == ["get", "delete", "apply"]
+    assert asked == ["get", "get", "delete", "apply"]
     assert list(yaml.safe_load_all((home / "launch.yaml").read_text()))[1]["kind"] == "Job"
+
+
+def test_a_job_that_the_cluster_has_is_not_touched_by_another_profile(
+    slurm: Path, folder: RunFolder, monkeypatch
+) -> None:
+    monkeypatch.setattr(launch, "WORKER", "patient")
+    p, home = profile(SLURM, nodes=1, processes=1, fsdp=1, timeout_minutes=0.1), folder.path / "checkpoints/job"
+    with pytest.raises(TimeoutError):
+        launch.launch("job", p, folder)
+    before = (home / "job.json").read_bytes()
+    for other in ({"seed": 3}, {"layout": p.layout.model_dump() | {"restarts": 5}}):
+        with pytest.raises(ValueError, match="still has stackpkg-lab-1-job, from another profile"):
+            launch.launch("job", params.validate(p.model_dump(mode="json") | other), folder)
+    assert (home / "job.json").read_bytes() == before and not list(runs.root().glob("outbox/.previous/*/job"))
+    stop.request(home, "the test is over")
 
 
 def test_a_job_goes_on_in_another_layout_but_not_with_other_numbers(folder: RunFolder) -> None:

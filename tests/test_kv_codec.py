@@ -272,5 +272,6 @@ def test_a_replay_counts_what_a_cache_of_half_the_row_keeps() -> None:
     assert told({31: [1], 63: [0, 1, 2, 5]}) == (pytest.approx(0.6), 2.0), "0 and 1 went, the newest are there"
     assert math.isnan(told({31: [3], 20: [1]})[0]), "still in the window: nothing is read"
     assert told({})[1] == 0
-    broken = kv_codec.replay(k * float("nan"), v, {31: [0]}, 8, 16)
-    assert broken["kv_hit_rate"].isnan() and broken["kv_evictions"] == 0
+    for damage in (float("nan"), 1e6):
+        broken = kv_codec.replay(k * damage, v, {31: [0]}, 8, 16)
+        assert broken["kv_hit_rate"].isnan() and broken["kv_evictions"] == 0

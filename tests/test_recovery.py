@@ -113,11 +113,37 @@ def test_the_ladder_is_climbed_rung_by_rung_at_one_place(tmp_path: Path, precisi
         "checkpoint-2", "checkpoint-4", "checkpoint-6.aside-1",
     ]  # fmt: skip
     assert curriculum.decisions(tmp_path / "decisions.jsonl") == [{"kind": "skip", "step": 4, "steps": 4}]
-    assert climb(tmp_path, 9, RollBack(20, 23), precision) == "roll_back", "another place begins anew"
-    with pytest.raises(FloatingPointError, match=f"again after {', '.join(rungs)}"):
-        climb(tmp_path, 4, fault, precision)
-    assert read_json(tmp_path / "diagnosis.json")["tried"] == rungs
-    assert [event["rung"] for event in history(tmp_path)] == [*rungs, "roll_back", "stop"]
+    assert climb(tmp_path, 4, fault, precision) == "stop"
+    told = read_json(tmp_path / "diagnosis.json")
+    assert told["tried"] == rungs and f"again after {', '.join(rungs)}" in told["message"]
+    assert [event["rung"] for event in history(tmp_path)] == [*rungs, "stop"]
+    assert climb(tmp_path, 5, fault, precision) == "roll_back", "who launches after a diagnosis begins anew"
+
+
+def test_another_place_is_one_behind_a_newer_checkpoint(tmp_path: Path) -> None:
+    for number in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    assert climb(tmp_path, 1, RollBack(5, 5), "fp32") == "roll_back"
+    (tmp_path / "checkpoint-6").mkdir()
+    assert climb(tmp_path, 2, RollBack(8, 8), "fp32") == "roll_back", "6 is newer than 4"
+    assert climb(tmp_path, 3, RollBack(7, 7), "fp32") == "skip_data", "a fault that moves is not rolled back for ever"
+    assert climb(tmp_path, 4, RollBack(3, 3), "fp32") == "stop"
+
+
+def test_a_rank_that_died_while_climbing_skips_no_data_twice(tmp_path: Path) -> None:
+    fault = RollBack(5, 8)
+    climb(tmp_path, 1, fault, "fp32")
+    kept = (tmp_path / "ladder.jsonl").read_bytes()
+    assert climb(tmp_path, 2, fault, "fp32") == "skip_data"
+    (tmp_path / "ladder.jsonl").write_bytes(kept + b'{"rung": "ski')  # it died before it had told
+    assert climb(tmp_path, 2, fault, "fp32") == "skip_data"
+    assert len(curriculum.decisions(tmp_path / "decisions.jsonl")) == 1
+    assert [event["rung"] for event in history(tmp_path)] == ["roll_back", "skip_data"]
+
+
+def test_spikes_and_a_number_that_is_none_are_counted_apart() -> None:
+    skipped, skips = told([1.0] * 12 + [500.0] * 3 + [float("nan")] + [1.0])
+    assert skipped == [False] * 12 + [True] * 4 + [False] and skips.broken == 0
 
 
 def test_faults_strike_where_they_are_told_to() -> None:

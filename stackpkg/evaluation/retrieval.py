@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset as ds
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from stackpkg.data import manifest
@@ -49,6 +50,10 @@ class Retriever:
         accepts, how many are relevant among these, what each filter rejects, and the histogram of similarities over
         `BINS`. Every rank must call it. While the switch is off, a calibration is tried first.
         """
+        if dist.is_initialized():  # rank 0 alone hears the alert
+            state = [self.switch.state_dict()]
+            dist.broadcast_object_list(state)
+            self.switch.load_state_dict(state[0])
         pairs, limits, k = self.stream.validation_pairs(self.p.evaluation.pairs), self.p.retrieval, self.p.evaluation.k
         query, document = (
             embed(model, torch.as_tensor(pairs[name], device=device), self.stream.pad_id).float().cpu()

@@ -164,8 +164,8 @@ def replay(k: Tensor, v: Tensor, reads: Mapping[int, Iterable[int]], chunk: int,
     still in the window are no matter of the cache. The rate is NaN when nothing is read.
     """
     nothing, total = {"kv_hit_rate": k.new_tensor(float("nan")), "kv_evictions": k.new_zeros(())}, k.shape[1] // chunk
-    if total < 2 or not (k.isfinite().all() and v.isfinite().all()):
-        return nothing
+    if total < 2 or not _encode(torch.cat((k, v)), keep=0).scales.isfinite().all():
+        return nothing  # NaN, or more than fp16 can hold: this is called where training must go on
     cache, written = Cache(total // 2 * _encode(torch.cat((k, v))[:, :chunk], keep=0).bytes), 0
     for token in sorted(reads):
         while (written + 1) * chunk <= token + 1 - window:

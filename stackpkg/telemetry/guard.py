@@ -66,6 +66,10 @@ class Guard:
     def named(self, name: str) -> Alert:
         return next(alert for alert in self.alerts if alert.name == name)
 
+    def forget(self, name: str) -> None:
+        """As if the alert had not held: what it told of was dealt with, and it must tell of the next."""
+        self._held[name] = 0
+
     def observe(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Alerts this row fires. A series that is absent, null or not finite says nothing; `nonfinite` counts those."""
         fired = []

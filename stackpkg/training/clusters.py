@@ -68,8 +68,8 @@ def slurm(p: Params, name: str, command: Sequence[str]) -> str:
 
 
 def kubernetes(p: Params, name: str, command: Sequence[str]) -> str:
-    """A headless Service and an indexed Job of one pod a node. When a pod is preempted the job stops whole; that counts
-    for no failure, and the pods that take their places go on from the checkpoint.
+    """A headless Service and an indexed Job of one pod a node. When a pod is preempted the job stops whole: all pods
+    exit with 143, which counts for no failure, and those that take their places go on from the checkpoint.
     """
     cluster, called, nodes = p.cluster, name_of(p, name), p.layout.nodes
     line = shlex.join(part.replace(HEAD, f"{called}-0.{called}") for part in command)
@@ -96,7 +96,10 @@ def kubernetes(p: Params, name: str, command: Sequence[str]) -> str:
     job = {
         "completionMode": "Indexed", "completions": nodes, "parallelism": nodes,
         "backoffLimit": nodes * p.layout.restarts,
-        "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
+        "podFailurePolicy": {"rules": [
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+            {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [143]}},
+        ]},
         "template": {"metadata": {"labels": {"app": called}}, "spec": pod},
     }  # fmt: skip
     service = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"app": called}}
@@ -140,8 +143,9 @@ def alive(p: Params, job: str) -> bool:
     """Whether the cluster still has the job, waiting or running."""
     if p.cluster.scheduler == "slurm":
         return bool(_ask("squeue", "--noheader", "--format=%T", f"--name={job}"))
-    ended = '--output=jsonpath={.status.conditions[?(@.status=="True")].type}'
-    return not {"Complete", "Failed"} & set(_ask("kubectl", "get", "job", job, "--ignore-not-found", ended).split())
+    told = '--output=jsonpath={.metadata.name} {.status.conditions[?(@.status=="True")].type}'
+    found = _ask("kubectl", "get", "job", job, "--ignore-not-found", told).split()
+    return bool(found) and not {"Complete", "Failed"} & set(found)
 
 
 def follow(p: Params, name: str, home: Path, command: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from stackpkg.training.stop import Stopped, stopped
 
 TETHER, WORKER = "stackpkg.training.tether", "stackpkg.training.worker"
 WHERE = ("layout", "cluster", "sweep", "governance")  # sections of a profile that change nothing of what is computed
+DIAGNOSIS = "diagnosis.json"  # what the end of the recovery ladder leaves
 FOLDERS = ("checkpoints", "telemetry", "eval")
 
 
@@ -98,9 +99,16 @@ def launch(
     away = p.layout.nodes > 1 or p.cluster.scheduler != "none"
     if away and same and done.exists():
         return read_json(done)  # the cluster has finished the job that an earlier call described
-    if done.exists() or not same:
-        _start_fresh(folder, name)
-    write_json(job, spec)  # of the same job, the layout that it goes on in
+    if p.cluster.scheduler != "none" and clusters.alive(p, clusters.name_of(p, name)):
+        if not same or read_json(job)["params"] != spec["params"]:
+            raise ValueError(
+                f"the cluster still has {clusters.name_of(p, name)}, from another profile: wait, or cancel it"
+            )
+    else:
+        if done.exists() or not same:
+            _start_fresh(folder, name)
+        write_json(job, spec)  # of the same job, the layout that it goes on in
+        (home / DIAGNOSIS).unlink(missing_ok=True)
     if away:
         shown = ["python", *command(f"outbox/{folder.name}/checkpoints/{name}/job.json", p)[1:]]
         if p.cluster.scheduler == "none":
@@ -112,6 +120,8 @@ def launch(
     else:
         _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
     if not done.exists():
+        if (home / DIAGNOSIS).exists():
+            raise RuntimeError(f"{name}: {read_json(home / DIAGNOSIS)['message']}")
         if end := stopped(home):
             raise Stopped(f"{name} stopped after step {end['step']}: {end['reason']}; launch it again to go on")
         raise RuntimeError(f"{name}: the job ended without a report; its log is checkpoints/{name}/log.txt")

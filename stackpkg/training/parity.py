@@ -144,7 +144,7 @@ def case(folder: Path, p: Params, name: str, resume: str = "") -> Watched:
     arguments = TrainingArguments(**given, use_cpu=not torch.cuda.is_available())
     trainer = Watched(
         model=layout.load_sharded(initial, p), args=arguments, p=p, mesh=spread, stream=stream, folder=folder,
-        name=name, attempt=1, guard=Guard.production(p), faults=[],
+        name=name, attempt=1, guard=Guard.production(p), faults=[], rung=0,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(folder / "runs" / resume) if resume else None)

@@ -11,9 +11,7 @@ Rungs 2 to 5 begin a new attempt in the same processes and are lines of `ladder.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from stackpkg.data import curriculum
 from stackpkg.runs import now, write_json
 from stackpkg.telemetry.guard import WINDOW, Alert, score
 from stackpkg.training import stop
+from stackpkg.training.launch import DIAGNOSIS
 
 MAX_CONSECUTIVE_SKIPS = 4
 RUNGS = ("skip", "roll_back", "skip_data", "fp32", "stop")
@@ -50,71 +49,71 @@ class Skips:
     """
 
     def __init__(self, spike: Alert) -> None:
-        self.spike, self.total, self.consecutive = spike, 0, 0
+        self.spike, self.total, self.consecutive, self.broken = spike, 0, 0, 0
         self.window: deque[float] = deque(maxlen=WINDOW)
 
     def check(self, model: nn.Module, norm: Tensor, step: int) -> bool:
         """True if the update of `step` must be skipped. The norm is global, so all ranks agree without a message.
 
-        Raises `RollBack` after four in a row when the last is not finite: the fault is not a single bad batch.
+        Raises `RollBack` at the fourth in a row that is not finite: the fault is not a single bad batch.
         """
         value, capped = float(norm), self.consecutive >= MAX_CONSECUTIVE_SKIPS
         bad = not math.isfinite(value)
         if not bad and (capped or score(self.spike, value, self.window) <= float(self.spike.threshold)):
             if capped:
                 self.window.clear()
-            self.consecutive = 0
+            self.consecutive = self.broken = 0
             self.window.append(value)
             return False
         self.total, self.consecutive = self.total + 1, self.consecutive + 1
+        self.broken = self.broken + 1 if bad else 0
         for parameter in model.parameters():
             parameter.grad = None
-        if bad and self.consecutive >= MAX_CONSECUTIVE_SKIPS:
-            raise RollBack(step - self.consecutive + 1, step)
+        if self.broken >= MAX_CONSECUTIVE_SKIPS:
+            raise RollBack(step - self.broken + 1, step)
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "consecutive": self.consecutive, "window": list(self.window)}
+        counts = {"total": self.total, "consecutive": self.consecutive, "broken": self.broken}
+        return counts | {"window": list(self.window)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total, self.consecutive = state["total"], state["consecutive"]
+        self.total, self.consecutive, self.broken = state["total"], state["consecutive"], state["broken"]
         self.window = deque(state["window"], maxlen=WINDOW)
 
 
 def history(home: Path) -> list[dict[str, Any]]:
-    """The rungs that the job in `home` has climbed, in order: rung, first, last, attempt, at."""
-    path = home / HISTORY
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The rungs that the job in `home` has climbed, in order: rung, first, last, good, attempt, at."""
+    return curriculum.decisions(home / HISTORY)
 
 
 def climb(home: Path, attempt: int, fault: RollBack, precision: str) -> str:
-    """The next rung at the place of `fault`, recorded and prepared on disk: for rank 0, between two attempts.
+    """The next rung at the place of `fault`, prepared on disk and recorded: for rank 0, between two attempts. It is the
+    same place until a checkpoint is reached that is newer than the one gone back to.
 
-    Checkpoints from the fault on are set aside, not deleted. Raises `FloatingPointError`, which ends the job, when
-    nothing is left to try; `diagnosis.json` then says what was.
+    Checkpoints from the fault on are set aside, not deleted. When nothing is left to try it is "stop", and
+    `diagnosis.json` says what was tried; a launch after that begins the ladder anew.
     """
-    tried = [e["rung"] for e in history(home) if e["first"] <= fault.last and fault.first <= e["last"]]
-    rung = next(r for r in RUNGS[1:] if r not in tried and (r != "fp32" or precision == "bf16"))
-    event = {"rung": rung, "first": fault.first, "last": fault.last, "attempt": attempt, "at": now()}
-    if rung == "stop":
-        write_json(home / "diagnosis.json", event | {"tried": tried})
-    for checkpoint in home.glob("checkpoint-*"):
-        number = checkpoint.name.partition("-")[2]
-        if number.isdigit() and int(number) >= fault.first:
+    steps = {int(path.name[11:]): path for path in home.glob("checkpoint-*") if path.name[11:].isdigit()}
+    good, events = max((step for step in steps if step < fault.first), default=0), history(home)
+    ends = [number for number, event in enumerate(events) if event["rung"] == "stop"]
+    tried = [event["rung"] for event in events[max(ends, default=-1) + 1 :] if event["good"] >= good]
+    rung = next(r for r in RUNGS[1:] if r == "stop" or (r not in tried and (r != "fp32" or precision == "bf16")))
+    event = {"rung": rung, "first": fault.first, "last": fault.last, "good": good, "attempt": attempt, "at": now()}
+    for step, checkpoint in steps.items():
+        if step >= fault.first:
             checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.aside-{attempt}"))
-    if rung == "skip_data":  # what is decided counts steps from 0
-        passed = {"kind": "skip", "step": fault.first - 1, "steps": fault.last - fault.first + 1}
+    # what is decided counts steps from 0; a rank that died right here has decided it already
+    passed = {"kind": "skip", "step": fault.first - 1, "steps": fault.last - fault.first + 1}
+    if rung == "skip_data" and passed not in curriculum.decisions(home / "decisions.jsonl"):
         curriculum.record(home / "decisions.jsonl", [passed])
-    with (home / HISTORY).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
     if rung == "stop":
-        raise FloatingPointError(
-            f"{fault}, and again after {', '.join(tried)}: the fault is in the weights, the code or the machine. "
-            "Look at the last rows of the telemetry and at diagnosis.json, then resume from an earlier checkpoint"
+        message = (
+            f"{fault}, and again after {', '.join(tried)}: the fault is in the weights, the code or the machine. Look "
+            "at the last rows of the telemetry and at diagnosis.json, then resume from an earlier checkpoint"
         )
+        write_json(home / DIAGNOSIS, event | {"tried": tried, "message": message})
+    curriculum.record(home / HISTORY, [event])
     return rung
 
 

@@ -74,10 +74,8 @@ class StackTrainer(Trainer):
         self.retriever = Retriever(stream, p)
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
         self._raw: list[dict[str, Tensor]] = []
-        self._mark = time.perf_counter()
-        self._probed: dict[str, float] = {}
-        self._row: dict[str, Any] = {}
-        self._update_skipped = False
+        self._mark, self._update_skipped = time.perf_counter(), False
+        self._probed, self._row = dict[str, float](), dict[str, Any]()
 
     # ---- layout: the mesh is ours, accelerate sees plain processes
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -223,10 +221,12 @@ class StackTrainer(Trainer):
         report |= {"epoch": epoch, "step": self.state.global_step, "run": self.p.run, "attempt": self.attempt}
         if self.rank == 0:
             write_json(self.folder / "eval" / self.name / f"epoch_{epoch:03d}.json", report)
+        if "calibration" in report["guard"]:  # tried: should it be on again, the alert must tell of the next fall
+            self.guard.forget("TrainLowPrecisionAtK")
         self._decide(self.batches.next_step, report)
-        self._row |= {"precision_at_k": report["precision_at_k"], "validation_loss": report["validation_loss"]}
+        told = ("precision_at_k", "validation_loss", "violations", "forbidden_attention")
+        self._row |= {name: report[name] for name in told if name in report}
         self._row |= {f"rejected_{name}": count for name, count in report["guard"]["rejected"].items()}
-        self._row |= {name: report[name] for name in ("violations", "forbidden_attention") if name in report}
         metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -292,6 +292,7 @@ class StackTrainer(Trainer):
         self.ema.updates = scalars["ema_updates"]
         self.skips.load_state_dict(scalars["skips"])
         self.guard.load_state_dict(json.loads(scalars["guard"]))
+        self.guard.forget("TrainRolledBack")
         self.retriever.switch.load_state_dict(scalars["switch"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

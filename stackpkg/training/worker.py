@@ -66,22 +66,24 @@ def run(job_file: Path) -> None:
             break
         except recovery.RollBack as fault:
             rung = _climb(home, fault, _precision(home, p).training.precision)
+            if recovery.RUNGS[rung - 1] == "stop":
+                break  # without a report, and without an error: torch elastic would only try the same again
         gc.collect()  # the model of that attempt
     dist.destroy_process_group()
 
 
 def _climb(home: Path, fault: recovery.RollBack, precision: str) -> int:
-    """The number of the next rung: rank 0 climbs, the others hear of it. All raise `FloatingPointError` at the end."""
+    """The number of the next rung: rank 0 climbs, the others hear of it. What it raises, all raise."""
     told: list[Any] = [None]
     if dist.get_rank() == 0:
         attempt = len(read_json(home / "attempts.json"))
         try:
             told = [recovery.climb(home, attempt, fault, precision)]
-        except FloatingPointError as error:
+        except Exception as error:  # whatever it is, the others must not wait
             told = [error]
         print(f"[{home.name}] {fault}: {told[0]}", flush=True)
     dist.broadcast_object_list(told)
-    if isinstance(told[0], FloatingPointError):
+    if isinstance(told[0], Exception):
         raise told[0]
     return recovery.RUNGS.index(told[0]) + 1
 
