@@ -21,6 +21,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.fsdp import _get_fsdp_policy_kwargs
 from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 
+from stackpkg.training import layout
 from stackpkg.training.mesh import ReplicatedGradSum
 
 
@@ -58,7 +59,7 @@ def head_norms(rank: int, ranks: int, store: str) -> None:
         off[type(style).__name__] = float(error)
     assert off["ReplicatedGradSum"] < 1e-6, off
     assert off["ReplicatedWithGradAllReduce"] > 0.1, f"transformers sums such gradients once now: {off}"
-    dist.destroy_process_group()
+    layout.leave()
 
 
 def test_gradients_of_head_norms_are_summed_once_under_accumulation(tmp_path: Any) -> None:
@@ -79,7 +80,7 @@ def stock(rank: int, ranks: int, store: str) -> None:
     trainer.train()
     assert isinstance(trainer.model_wrapped, DistributedDataParallel), "FSDP is real on CPU now"
     assert not isinstance(trainer.model, FSDPModule)
-    dist.destroy_process_group()
+    layout.leave()
 
 
 def test_the_stock_route_to_fsdp_trains_plain_copies_on_a_cpu(tmp_path: Any) -> None:

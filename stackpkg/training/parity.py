@@ -172,8 +172,8 @@ def worker(rank: int, processes: int, port: int, folder: str, cases: list[dict[s
             torch.save(found, out)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
             torch.save({"error": f"{type(error).__name__}: {error}"[:300]}, out)
-            break  # the others may wait for this rank in a collective: no later case of this group can be trusted
-    dist.destroy_process_group()
+            os._exit(0)  # the others may wait for this rank in a collective: no later case can be trusted
+    layout.leave()
 
 
 def start(folder: Path, cases: list[dict[str, Any]], processes: int) -> None:

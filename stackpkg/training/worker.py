@@ -69,7 +69,7 @@ def run(job_file: Path) -> None:
             if recovery.RUNGS[rung - 1] == "stop":
                 break  # without a report, and without an error: torch elastic would only try the same again
         gc.collect()  # the model of that attempt
-    dist.destroy_process_group()
+    layout.leave()
 
 
 def _climb(home: Path, fault: recovery.RollBack, precision: str) -> int:
