@@ -60,13 +60,17 @@ WORKERS = {
         dist.barrier()
         dist.destroy_process_group()
     """,
-    # trains until it is asked to stop
+    # trains until it is asked to stop; the first node's tells the others
     "patient": """
-        (home / "attempts.json").write_text('[{"at": "now"}]')
-        while not (home / "stop").exists():
-            time.sleep(0.05)
+        from stackpkg import runs
         from stackpkg.training import stop
-        print("[job] stopped:", stop.record(home, 3), flush=True)
+        first = os.environ.get("NODE", "0") == "0"
+        if first:
+            runs.write_json(home / "attempts.json", [{"at": "now"}])
+        while not (stop.stopped(home) or first and (home / "stop").exists()):
+            time.sleep(0.05)
+        if first:
+            print("[job] stopped:", stop.record(home, 3), flush=True)
     """,
 }
 
@@ -160,19 +164,25 @@ def test_a_preempted_job_stops_whole_and_stands_in_the_queue_again(slurm: Path, 
     assert (slurm / "scontrol.log").read_text().split() == ["requeue", "71"] and not (home / stop.FILE).exists()
 
 
-def test_a_preempted_pod_stops_the_job_whole_and_asks_to_be_replaced(folder: RunFolder, repository: Path) -> None:
+@pytest.mark.parametrize(("ends", "code"), [("preempted", 143), ("a person", 0)])
+def test_all_pods_of_a_preempted_job_ask_to_be_replaced(
+    folder: RunFolder, repository: Path, ends: str, code: int
+) -> None:
     home = folder.path / "checkpoints/job"
     write_text(home / "job.json", "{}")
     command = [sys.executable, "-m", "patient", "outbox/lab_1/checkpoints/job/job.json"]
     made = clusters.render(profile(KUBERNETES, nodes=1, processes=1, fsdp=1), "job", command)
     pod = list(yaml.safe_load_all(made))[1]["spec"]["template"]["spec"]["containers"][0]["command"]
     environment = os.environ | {"PYTHONPATH": f"{repository}:{Path(params.__file__).parents[1]}"}
-    running = subprocess.Popen(pod, cwd=repository, env=environment)
-    while not (home / "attempts.json").exists():
+    pods = [subprocess.Popen(pod, cwd=repository, env=environment | {"NODE": str(k)}) for k in range(2)]
+    while not (home / "attempts.json").exists():  # its shell traps the signal by then
         time.sleep(0.05)
-    running.terminate()
-    assert running.wait(60) == 143  # as killed by SIGTERM, which a Job that was disrupted replaces
-    assert read_json(home / "attempts.json")[-1]["stopped"] == {"step": 3, "reason": "preempted"}
+    if ends == "preempted":
+        pods[0].terminate()  # the other hears of it from the job alone
+    else:
+        stop.request(home, ends)
+    assert [one.wait(60) for one in pods] == [code, code]
+    assert read_json(home / "attempts.json")[-1]["stopped"] == {"step": 3, "reason": ends}
 
 
 def test_a_stop_that_a_killed_attempt_left_does_not_end_the_next_one(

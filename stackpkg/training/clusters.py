@@ -21,6 +21,7 @@ import yaml
 from stackpkg import runs
 from stackpkg.params import Params
 from stackpkg.runs import read_json, write_json, write_text
+from stackpkg.training.stop import PREEMPTED
 
 HEAD = "$HEAD_NODE"  # stands in a command for the address of the first node
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
@@ -37,8 +38,8 @@ def _patient(home: str, line: str) -> list[str]:
     ranks in the middle of a step, this way all of them agree on one checkpoint."""
     return [
         f"home={shlex.quote(home)}", "preempted= code=0",
-        """trap 'preempted=1; echo preempted > "$home/stop"' TERM""",
-        'if grep -qsx preempted "$home/stop"; then rm "$home/stop"; fi  # of an attempt that was killed too early',
+        f"""trap 'preempted=1; echo {PREEMPTED} > "$home/stop"' TERM""",
+        f'if grep -qsx {PREEMPTED} "$home/stop"; then rm "$home/stop"; fi  # of an attempt that was killed too early',
         f"{line} &", "job=$!",
         'while kill -0 "$job" 2>/dev/null; do wait "$job" && code=0 || code=$?; done',
     ]  # fmt: skip
@@ -69,11 +70,16 @@ def slurm(p: Params, name: str, command: Sequence[str]) -> str:
 
 def kubernetes(p: Params, name: str, command: Sequence[str]) -> str:
     """A headless Service and an indexed Job of one pod a node. When a pod is preempted the job stops whole: all pods
-    exit with 143, which counts for no failure, and those that take their places go on from the checkpoint.
+    exit with 143, which counts for no failure, and those that take their places go on from the checkpoint. A stop that
+    a person asked for ends the Job.
     """
     cluster, called, nodes = p.cluster, name_of(p, name), p.layout.nodes
     line = shlex.join(part.replace(HEAD, f"{called}-0.{called}") for part in command)
-    script = [*_patient(f"outbox/{p.run}/checkpoints/{name}", line), "exit $((preempted ? 143 : code))"]
+    script = [
+        *_patient(f"outbox/{p.run}/checkpoints/{name}", line),
+        'if [ "$code" = 0 ]; then python -m stackpkg.training.stop "$home" || code=$?; fi',
+        'exit "$code"',
+    ]
     if not (cluster.image and cluster.claim):
         raise ValueError(
             "kubernetes needs cluster.image, which has the environment, and cluster.claim, a volume claim "

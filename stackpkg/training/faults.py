@@ -7,13 +7,11 @@ import signal
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from stackpkg.training.mesh import local
 
 KINDS = ("kill", "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "nan_moment")
-
-
-def _own(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @torch.no_grad()
@@ -33,12 +31,12 @@ def inject(fault: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optim
         return
     if fault["kind"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    learning = [p for p in model.parameters() if p.grad is not None and _own(p).numel()]
+    learning = [(p, p.grad) for p in model.parameters() if p.grad is not None and local(p).numel()]
     if fault["kind"] == "spike_gradient":
-        for parameter in learning:
-            _own(parameter.grad).mul_(1e4)
+        for _, gradient in learning:
+            local(gradient).mul_(1e4)
         return
-    first = learning[0]
+    first, gradient = learning[0]
     places = {"nan_parameter": first, "nan_moment": optimizer.state[first].get("exp_avg", first)}
     value = float("inf" if fault["kind"] == "inf_gradient" else "nan")
-    _own(places.get(fault["kind"], first.grad)).view(-1)[0] = value
+    local(places.get(fault["kind"], gradient)).view(-1)[0] = value

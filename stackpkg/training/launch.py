@@ -131,11 +131,10 @@ def launch(
 def _stream(arguments: list[str], log: Path, p: Params, shown: str) -> None:
     """Run to the end; everything goes to `log`, lines that start with `shown` to the reader as well."""
     minutes = p.layout.timeout_minutes
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment = clusters.QUIET | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root()), os.environ.get("PYTHONPATH"))))
     if not p.model.name_or_path:
         environment["HF_HUB_OFFLINE"] = "1"
-    environment |= {"DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [arguments[0], "-m", TETHER, *arguments[1:]],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True,

@@ -1,16 +1,18 @@
 """The stop file that every job honours: a file `stop` in the job's folder, its text the reason.
 
 The job ends after the step in which rank 0 saw it, with a checkpoint; launching the same job again goes on from there.
+`python -m stackpkg.training.stop HOME` exits with 143 when the job in HOME was stopped by a preemption, else with 0.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from stackpkg.runs import read_json, write_json, write_text
 
-FILE = "stop"
+FILE, PREEMPTED = "stop", "preempted"
 
 
 class Stopped(RuntimeError):
@@ -35,3 +37,7 @@ def stopped(home: Path) -> dict[str, Any] | None:
     """`step` and `reason` when the newest attempt of the job was stopped."""
     attempts = read_json(home / "attempts.json") if (home / "attempts.json").exists() else [{}]
     return attempts[-1].get("stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(143 if (stopped(Path(sys.argv[1])) or {}).get("reason") == PREEMPTED else 0)
