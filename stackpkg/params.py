@@ -122,6 +122,13 @@ class Params(Section):
                 product = f"{stage.context} x {ranks} x {accumulation} of a curriculum stage"
                 what = f"context x data-parallel ranks x training.accumulation = {product}"
                 raise ValueError(f"training.batch_tokens = {self.training.batch_tokens} is not a multiple of {what}")
+        pp, schedule = self.layout.pp, self.layout.pipeline_schedule
+        if pp > 1 and schedule != "gpipe" and (accumulation < pp or (schedule != "1f1b" and accumulation % pp)):
+            needed = "at least" if schedule == "1f1b" else "a multiple of"
+            raise ValueError(
+                f"training.accumulation {accumulation}: the schedule {schedule} needs {needed} layout.pp = {pp} micro-"
+                "batches; raise it, or take gpipe"
+            )
         if self.layout.tp > 1 and self.objectives.conformance and any(stage.conversations for stage in self.curriculum):
             raise ValueError(
                 "objectives.conformance is not right under tensor parallelism, where a rank sees its own heads alone: "

@@ -44,30 +44,40 @@ class Training(Section):
 
 
 class Layout(Section):
-    """Processes and how the model is spread over them: processes = replicas x fsdp x tp."""
+    """Processes and how the model is spread over them: processes = pp x replicas x fsdp x tp."""
 
     processes: int = Field(2, ge=1, le=65_536, description="ranks over all nodes")
     nodes: int = Field(1, ge=1, le=8_192)
     fsdp: int = Field(2, ge=1, description="ranks the parameters are sharded over (FSDP2); more ranks are replicas")
     tp: int = Field(1, ge=1, description="ranks that share one batch and split every matrix")
     ep: int = Field(1, ge=1, description="ranks that hold different experts, out of fsdp x tp of them")
-    pp: int = Field(1, ge=1, description="ranks in a pipeline of layers: 1, for pipelines are not built")
+    pp: int = Field(1, ge=1, description="ranks in a pipeline of layers; its micro-batches are training.accumulation")
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(
+        "1f1b", description="order of the micro-batches; the last two give every rank two stages, not one"
+    )
     restarts: int = Field(1, ge=0, le=100, description="times torch elastic restarts all ranks after one died")
     timeout_minutes: float = Field(20.0, gt=0, description="a launch that runs longer is stopped")
 
     @property
     def replicas(self) -> int:  # copies of the whole model (HSDP)
-        return self.processes // (self.fsdp * self.tp)
+        return self.processes // (self.pp * self.fsdp * self.tp)
 
     @property
     def data_parallel(self) -> int:  # ranks that read different rows
-        return self.processes // self.tp
+        return self.processes // (self.pp * self.tp)
+
+    @property
+    def stages(self) -> int:  # of the pipeline, over all its ranks
+        return self.pp * (2 if self.pp > 1 and self.pipeline_schedule in ("interleaved", "zero_bubble") else 1)
 
     @model_validator(mode="after")
     def _divides(self) -> Layout:
-        if self.pp > 1:
-            raise ValueError(f"pp {self.pp}: pipeline stages are not built; set pp to 1 and spread by fsdp, tp or ep")
-        for name, size in (("nodes", self.nodes), ("fsdp", self.fsdp), ("fsdp x tp =", self.fsdp * self.tp)):
+        parts = {
+            "fsdp": self.fsdp,
+            "fsdp x tp =": self.fsdp * self.tp,
+            "pp x fsdp x tp =": self.pp * self.fsdp * self.tp,
+        }
+        for name, size in {"nodes": self.nodes, **parts}.items():
             if self.processes % size:
                 raise ValueError(f"processes {self.processes} is not a multiple of {name} {size}")
         if self.ep > 1 and (self.ep % self.tp or self.fsdp * self.tp % self.ep):

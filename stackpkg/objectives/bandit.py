@@ -64,7 +64,7 @@ class Bandit:
     def __init__(self, horizon: int = 1024) -> None:
         self.decay = 1 - 1 / horizon
         self.sums: dict[str, Tensor] = {}
-        self._new: dict[str, Tensor] = {}  # since the last `after_step`, this rank
+        self.new: dict[str, Tensor] = {}  # since the last `after_step`, this rank
 
     @property
     def estimates(self) -> Tensor | None:
@@ -104,21 +104,21 @@ class Bandit:
         self._add("weight", torch.stack([weight.sum(0) for weight in weights]))
 
     def _add(self, name: str, value: Tensor) -> None:
-        self._new[name] = self._new[name] + value if name in self._new else value
+        self.new[name] = self.new[name] + value if name in self.new else value
 
     @torch.no_grad()
     def after_step(self, group: dist.ProcessGroup | None = None) -> None:
         """Once an optimiser step, on all ranks: s <- decay s + the step's sum over ranks and micro-batches."""
-        for name, value in self._new.items():
+        for name, value in self.new.items():
             if dist.is_initialized():
                 dist.all_reduce(value, group=group)
             old = self.sums.get(name, torch.zeros_like(value)).to(value.device)
             self.sums[name] = self.decay * old + value
-        self._new = {}
+        self.new = {}
 
     def drop(self) -> None:
         """Forget the step: its update was skipped."""
-        self._new = {}
+        self.new = {}
 
     def state_dict(self) -> dict[str, Any]:
         """State between two steps, on the CPU."""

@@ -89,7 +89,7 @@ class Composer:
     `routers` are those of the model (`routing.routers`), needed only where `bias_rate` is set.
     """
 
-    def __init__(self, weights: params.Objectives, routers: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, weights: params.Objectives, routers: Sequence[nn.Module | None] = ()) -> None:
         self.weights, self.routers = weights, routers
         self.steps = 0  # optimiser steps applied so far
         self.usage: Tensor | None = None  # [layers, experts]
@@ -211,6 +211,17 @@ class Composer:
         share = self._chosen / self._chosen.sum(-1, keepdim=True)
         old = share if self.usage is None else self.usage.to(share.device)
         self.usage, self._chosen = old + (1 - self.weights.usage_decay) * (share - old), None
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """What the micro-batches of a step have taught so far, on the CPU: for processes that did not see them."""
+        chosen = None if self._chosen is None else self._chosen.cpu()
+        return {"chosen": chosen, "bandit": {name: value.cpu() for name, value in self.bandit.new.items()}}
+
+    def observe(self, seen: Mapping[str, Any], device: torch.device) -> None:
+        """Take over what another process `observed` in this step."""
+        self._chosen = None if seen["chosen"] is None else seen["chosen"].to(device)
+        self.bandit.new = {name: value.to(device) for name, value in seen["bandit"].items()}
 
     def state_dict(self) -> dict[str, Any]:
         """State between two steps. `usage` is an empty tensor before the first."""

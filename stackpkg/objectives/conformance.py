@@ -6,7 +6,7 @@ As in `losses`, each term is a sum over its units; the composer divides by the u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,25 @@ def read(
     """One forward over conversation_ids, conversation_roles [n, L] and conversation_spans [n, L, 4]. Forbidden edges
     stay open and are measured; only the reference model can tell of them.
     """
-    ids, spans = batch["conversation_ids"], batch["conversation_spans"]
-    real = ids != pad_id
-    inside = spans[..., scopes.PROTECTED] >= 0
-    given = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
-    if not isinstance(model, StackForCausalLM):
-        return Conversations(model(**given).logits, (), real, inside, forbidden)
-    of = scopes.compile(rules, batch["conversation_roles"], spans, enforce=False)
-    out = model(**given, scopes=of, output_forbidden_mass=True)
-    return Conversations(out.logits, out.forbidden_mass, real, inside, forbidden)
+    given = request(batch, rules if isinstance(model, StackForCausalLM) else None, pad_id)
+    return said(model(**given), batch, forbidden, pad_id)
+
+
+def request(batch: Mapping[str, Tensor], rules: scopes.Rules | None, pad_id: int) -> dict[str, Any]:
+    """What `read` asks of a model; `rules` are None for one that knows no scopes."""
+    ids = batch["conversation_ids"]
+    given = {"input_ids": ids, "attention_mask": (ids != pad_id).long(), "use_cache": False}
+    if rules is None:
+        return given
+    of = scopes.compile(rules, batch["conversation_roles"], batch["conversation_spans"], enforce=False)
+    return given | {"scopes": of, "output_forbidden_mass": True}
+
+
+def said(out: Any, batch: Mapping[str, Tensor], forbidden: Tensor, pad_id: int) -> Conversations:
+    """What `read` makes of the answer."""
+    mass = getattr(out, "forbidden_mass", None) or ()
+    inside = batch["conversation_spans"][..., scopes.PROTECTED] >= 0
+    return Conversations(out.logits, mass, batch["conversation_ids"] != pad_id, inside, forbidden)
 
 
 def _exact(t: Tensor) -> Tensor:

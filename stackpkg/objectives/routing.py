@@ -43,8 +43,9 @@ def _listed(spec: object) -> list:
     return spec if isinstance(spec, list) else [spec] if spec else []
 
 
-def _sigmoid(router: nn.Module, config: object) -> bool:
-    """transformers writes a router's scoring in code; those with a correction bias score by sigmoid unless they say."""
+def by_sigmoid(router: nn.Module, config: object) -> bool:
+    """Whether a router scores by sigmoid, not softmax: transformers writes that in code; those with a correction bias
+    do unless they say."""
     said = getattr(router, "scoring_func", None) or getattr(config, "scoring_func", None)
     kind = said or ("sigmoid" if hasattr(router, BIAS) else "softmax")
     if kind not in ("softmax", "sigmoid"):
@@ -55,10 +56,27 @@ def _sigmoid(router: nn.Module, config: object) -> bool:
 @contextmanager
 def record(model: nn.Module) -> Iterator[list[Routed]]:
     """Forwards inside the block add their routing to the list, layer by layer. Works where the model itself does not
-    return `router_logits` (DeepSeek-V3). A forward that activation checkpointing repeats later is not seen.
+    return `router_logits` (DeepSeek-V3). A forward that activation checkpointing repeats later is not seen. A model
+    whose layers lie in several processes has `listeners`: it adds the routing of all of them itself.
 
     Raises `ValueError` for a router that does not return (logits, weights, indices).
     """
+    listeners = getattr(model, "listeners", None)
+    if listeners is None:
+        with watch(model) as here:
+            yield here
+        return
+    found: list[Routed] = []
+    listeners.append(found)
+    try:
+        yield found
+    finally:
+        listeners.pop()
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[list[Routed]]:
+    """`record` of the layers that lie in this process."""
     found: list[Routed] = []
 
     def hook(module: nn.Module, _: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -67,7 +85,7 @@ def record(model: nn.Module) -> Iterator[list[Routed]]:
             raise ValueError(f"{name} does not return (logits, weights, indices) as the routers of Mixtral do")
         # A view: FSDP2 puts its hooks on what the model returns, and gradients taken up to here must not set them off
         logits = output[0].view_as(output[0]).flatten(0, -2)
-        found.append(Routed(logits, output[2].flatten(0, -2), _sigmoid(module, getattr(model, "config", None))))
+        found.append(Routed(logits, output[2].flatten(0, -2), by_sigmoid(module, getattr(model, "config", None))))
 
     handles = [router.register_forward_hook(hook) for router in routers(model)]
     try:
@@ -78,11 +96,14 @@ def record(model: nn.Module) -> Iterator[list[Routed]]:
 
 
 @torch.no_grad()
-def move_biases(modules: Sequence[nn.Module], chosen: Tensor, rate: float) -> None:
+def move_biases(modules: Sequence[nn.Module | None], chosen: Tensor, rate: float) -> None:
     """One step of balance without a loss (Wang et al., arXiv 2408.15664). `chosen` [layers, experts]: how often the
-    whole step chose each expert. Call it once an optimiser step. Raises `ValueError` where a router has no such bias.
+    whole step chose each expert. Call it once an optimiser step; None stands for a router of another process. Raises
+    `ValueError` where a router has no such bias.
     """
     for module, count in zip(modules, chosen.double(), strict=True):
+        if module is None:
+            continue
         if not hasattr(module, BIAS):
             name = type(module).__name__
             raise ValueError(f"{name} has no `{BIAS}`: set objectives.bias_rate to 0 and use objectives.load_balance")

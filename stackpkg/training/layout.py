@@ -7,7 +7,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from stackpkg.params import Params
+from stackpkg.training import staged
 
 COLLECTIVE = timedelta(minutes=10)  # a rank that is silent for longer is taken for dead
 
@@ -48,7 +49,8 @@ def leave() -> NoReturn:
 
 
 def load_sharded(folder: Path, p: Params) -> PreTrainedModel:
-    """Load a snapshot; with more than one rank every parameter arrives as this rank's part (FSDP2, HSDP, TP, EP).
+    """Load a snapshot; with more than one rank every parameter arrives as this rank's part (FSDP2, HSDP, TP, EP), and
+    in a pipeline only the layers of this rank.
 
     The stock route, `TrainingArguments(fsdp=True)`, silently trains DDP on CPU (accelerate 1.15); this one does not.
     Raises `ValueError` when the model has no plan for a kind of parallelism that the layout asks for.
@@ -56,6 +58,8 @@ def load_sharded(folder: Path, p: Params) -> PreTrainedModel:
     size = p.layout
     if size.processes == 1:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if size.pp > 1:
+        return staged.load(folder, size, p.training.precision == "bf16")
     config = DistributedConfig(
         fsdp_size=size.fsdp,
         dp_replicate_size=size.replicas,
@@ -74,8 +78,13 @@ def sharded_share(model: nn.Module) -> float:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names and full values of all parameters; a collective, equal on every rank."""
+    pipeline: Any = getattr(model, "pipeline", None)
     found = {}
     for name, parameter in sorted(model.named_parameters()):
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         found[name] = hashlib.sha256(full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    if pipeline:
+        told: list[dict[str, str]] = [{}] * dist.get_world_size(pipeline.group)
+        dist.all_gather_object(told, found, group=pipeline.group)
+        found = dict(sorted(item for each in told for item in each.items()))
     return hashlib.sha256("".join(name + sha for name, sha in found.items()).encode()).hexdigest()

@@ -20,11 +20,12 @@ from stackpkg.params import Layout
 @dataclass(frozen=True)
 class Mesh:
     """This rank's groups. `data` are the ranks that read different rows and hold the same part of the model, `tensor`
-    those that split its matrices."""
+    those that split its matrices, `pipeline` those that hold the layers one after the other, first to last."""
 
     layout: Layout
     data: dist.ProcessGroup
     tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
 
     @property
     def data_rank(self) -> int:
@@ -36,7 +37,8 @@ class Mesh:
         """
         weighed: dict[float, list[Tensor]] = {}
         for tensor in tensors:
-            weighed.setdefault(parts(tensor) / self.layout.processes, []).append(local(tensor).detach())
+            share = parts(tensor) * self.layout.pp / self.layout.processes  # of a square: over the ranks of one stage
+            weighed.setdefault(share, []).append(local(tensor).detach())
         device = "cuda" if torch.cuda.is_available() else "cpu"
         squares = torch.zeros((), dtype=torch.double, device=device)
         for share, shards in weighed.items():
@@ -60,9 +62,10 @@ def build(layout: Layout) -> Mesh:
     if dist.get_world_size() != layout.processes:
         raise ValueError(f"layout.processes is {layout.processes}, but {dist.get_world_size()} processes are running")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # the order of transformers' mesh: replicas, fsdp, tp; experts move within it and change no rank's rows
-    mesh = init_device_mesh(device, (layout.data_parallel, layout.tp), mesh_dim_names=("data", "tp"))
-    return Mesh(layout, mesh["data"].get_group(), mesh["tp"].get_group())
+    # the order of transformers' mesh: pp, replicas, fsdp, tp; experts move within it and change no rank's rows
+    sizes, names = (layout.pp, layout.data_parallel, layout.tp), ("pp", "data", "tp")
+    mesh = init_device_mesh(device, sizes, mesh_dim_names=names)
+    return Mesh(layout, *(mesh[name].get_group() for name in ("data", "tp", "pp")))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -186,9 +186,12 @@ def start(folder: Path, cases: list[dict[str, Any]], processes: int) -> None:
 
 
 def read(folder: Path, name: str, processes: int) -> dict[str, Any]:
-    """What rank 0 of a case found, or the error of the rank that broke."""
+    """What rank 0 of a case found, and the weights of all stages; or the error of the rank that broke."""
     ranks = [torch.load(folder / "found" / f"{name}.{rank}.pt", weights_only=True) for rank in range(processes)]
-    return next((rank for rank in ranks if "error" in rank), ranks[0])
+    if broken := [rank for rank in ranks if "error" in rank]:
+        return broken[0]
+    whole = {kind: {n: w for rank in ranks for n, w in rank[kind].items()} for kind in ("gradients", "weights")}
+    return ranks[0] | whole
 
 
 def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stackpkg.data.stream import Stream
-from stackpkg.model import StackForCausalLM, scopes
-from stackpkg.model.embedding import embed
+from stackpkg.model import StackForCausalLM, embedding, scopes
 from stackpkg.model.scopes import PROTECTED
 from stackpkg.objectives import Pairs, conformance
 from stackpkg.objectives.conformance import Conversations
@@ -45,49 +44,63 @@ def units(batches: Sequence[Mapping[str, Tensor]], pad_id: int, device: torch.de
 
 
 class Riders:
-    """Reads what a step carries: `riders(model, inputs)` gives conversations, preferences and pairs, each or None."""
+    """What a step carries: `requests` are the forwards that it needs, `read` makes objectives of their answers."""
 
     def __init__(
         self, network: PreTrainedModel, stream: Stream, weights: Objectives, name: str, device: torch.device
     ) -> None:
-        self.weights, self.pad_id = weights, stream.pad_id
+        self.weights, self.pad_id, self.rules = weights, stream.pad_id, None
         if "conversations" in stream.labelled:
-            self.rules = scopes.load(stream.corpus.folder / "scopes.yaml")
             self.forbidden = torch.as_tensor(stream.forbidden, device=device)
-            if dist.get_rank() == 0 and not isinstance(network, StackForCausalLM):
+            if isinstance(network, StackForCausalLM):
+                self.rules = scopes.load(stream.corpus.folder / "scopes.yaml")
+            elif dist.get_rank() == 0:
                 kind = network.config.model_type
                 print(f"[{name}] {kind} knows no scopes: conformance is that of tokens alone", flush=True)
 
-    def __call__(
-        self, model: nn.Module, inputs: Mapping[str, Tensor]
+    def requests(self, inputs: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+        """Keyword arguments of each forward, by name, in the order to run them in."""
+        weights, found = self.weights, dict[str, dict[str, Any]]()
+        if weights.conformance and carried(inputs, "conversation_key"):
+            found["conversations"] = conformance.request(inputs, self.rules, self.pad_id)
+        if weights.preference and carried(inputs, "preference_key"):
+            ids = torch.cat([inputs["chosen_ids"], inputs["rejected_ids"]])
+            mask = (ids != self.pad_id).long()
+            found["preferences"] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        # last: under FSDP2 (torch 2.13) the backward crashes when a forward follows one without use of its logits
+        if weights.contrastive and carried(inputs, "pair_key"):
+            found["pairs"] = embedding.request(stacked(inputs, self.pad_id), self.pad_id)
+        return found
+
+    def read(
+        self, answers: Mapping[str, Any], inputs: Mapping[str, Tensor]
     ) -> tuple[Conversations | None, Preferences | None, Pairs | None]:
-        wanted = (
-            (self.weights.conformance, "conversation_key"),
-            (self.weights.preference, "preference_key"),
-            (self.weights.contrastive, "pair_key"),
-        )
-        talk, prefer, pair = (bool(weight) and carried(inputs, key) for weight, key in wanted)
-        # pairs last: under FSDP2 (torch 2.13) the backward crashes when a forward follows one without use of its logits
+        """Conversations, preferences and pairs, each None where `answers` lacks it."""
+        talk, preferred, pair = (answers.get(name) for name in ("conversations", "preferences", "pairs"))
         return (
-            conformance.read(model, inputs, self.rules, self.forbidden, self.pad_id) if talk else None,
-            preferences(model, inputs, self.pad_id) if prefer else None,
-            pairs(model, inputs, self.pad_id) if pair else None,
+            None if talk is None else conformance.said(talk, inputs, self.forbidden, self.pad_id),
+            None if preferred is None else preferences(preferred.logits, inputs, self.pad_id),
+            None if pair is None else pairs(pair, inputs, self.pad_id),
         )
 
 
-def pairs(model: nn.Module, inputs: Mapping[str, Tensor], pad_id: int) -> Pairs:
-    """Embeddings of query_ids [n, Lq], positive_ids [n, Ld] and negative_ids [n, H, Ld]."""
+def stacked(inputs: Mapping[str, Tensor], pad_id: int) -> Tensor:
+    """query_ids [n, Lq], positive_ids [n, Ld] and negative_ids [n, H, Ld] in one tensor [n (2 + H), L]."""
     parts = [inputs["query_ids"], inputs["positive_ids"], inputs["negative_ids"].flatten(0, 1)]
     width = max(ids.shape[1] for ids in parts)
-    stacked = torch.cat([F.pad(ids, (0, width - ids.shape[1]), value=pad_id) for ids in parts])
-    query, positive, negatives = embed(model, stacked, pad_id).split([len(ids) for ids in parts])
-    return Pairs(query, positive, negatives.view(len(query), -1, query.shape[-1]), inputs["pair_key"])
+    return torch.cat([F.pad(ids, (0, width - ids.shape[1]), value=pad_id) for ids in parts])
 
 
-def preferences(model: nn.Module, inputs: Mapping[str, Tensor], pad_id: int) -> Preferences:
+def pairs(out: Any, inputs: Mapping[str, Tensor], pad_id: int) -> Pairs:
+    """Embeddings of what was `stacked`, taken apart."""
+    n, hard = inputs["negative_ids"].shape[:2]
+    query, positive, negatives = embedding.pooled(out, stacked(inputs, pad_id), pad_id).split([n, n, n * hard])
+    return Pairs(query, positive, negatives.view(n, hard, -1), inputs["pair_key"])
+
+
+def preferences(logits: Tensor, inputs: Mapping[str, Tensor], pad_id: int) -> Preferences:
     """Log-probabilities of the answers in chosen_ids and rejected_ids [n, L], from answer_start [n] on."""
     ids = torch.cat([inputs["chosen_ids"], inputs["rejected_ids"]])
-    logits = model(input_ids=ids, attention_mask=(ids != pad_id).long(), use_cache=False).logits
     found = answers(logits, ids, inputs["answer_start"].repeat(2), pad_id)
     chosen, rejected = (Answers(*half) for half in zip(*(part.chunk(2) for part in found), strict=True))
     return Preferences(chosen, rejected, inputs["preference_key"])

@@ -10,27 +10,33 @@ from typing import Any
 from stackpkg import runs
 from stackpkg.params import Layout, Params
 
+DENSE, USUAL = ("pp", "replicas", "fsdp", "tp"), Layout().pipeline_schedule
 TABLE = Path(__file__).parents[2] / "book" / "support.json"
 LIMITS = {"loss": 1e-4, "gradient": 1e-3, "evaluation": 1e-4}  # far above rounding, far below any real error
 
 
 def name(layout: Layout) -> str:
-    """Sizes above 1, as in `replicas2 x fsdp2 x tp2 + ep4`."""
-    dense = [f"{axis}{getattr(layout, axis)}" for axis in ("replicas", "fsdp", "tp") if getattr(layout, axis) > 1]
+    """Sizes above 1, as in `pp2 gpipe x fsdp2 x tp2 + ep4`; the schedule of a pipeline is 1f1b unless it says."""
+    dense = [f"{axis}{getattr(layout, axis)}" for axis in DENSE if getattr(layout, axis) > 1]
+    if layout.pp > 1 and layout.pipeline_schedule != USUAL:
+        dense[0] += f" {layout.pipeline_schedule}"
     return " x ".join(dense) + (f" + ep{layout.ep}" if layout.ep > 1 else "") or "one process"
 
 
 def kinds(layout: Layout) -> frozenset[str]:
-    """The ways of spreading that a layout combines; `copies` are experts that lie on more than one rank. Sizes differ
-    between a test and a cluster, what is combined must not.
+    """The ways of spreading that a layout combines; `copies` are experts that lie on more than one rank, and a schedule
+    is one of them. Sizes differ between a test and a cluster, what is combined must not.
     """
-    found = {axis for axis in ("replicas", "fsdp", "tp", "ep") if getattr(layout, axis) > 1}
+    found = {axis for axis in (*DENSE, "ep") if getattr(layout, axis) > 1}
+    if layout.pp > 1 and layout.pipeline_schedule != USUAL:
+        found.add(layout.pipeline_schedule)
     return frozenset(found | {"copies"} if 1 < layout.ep < layout.fsdp * layout.tp else found)
 
 
-def _sizes(replicas: int = 1, **given: int) -> dict[str, int]:
-    sizes = {"fsdp": 1, "tp": 1, "ep": 1} | given
-    return sizes | {"processes": replicas * sizes["fsdp"] * sizes["tp"]}
+def _sizes(schedule: str = USUAL, replicas: int = 1, **given: int) -> dict[str, Any]:
+    sizes = {"fsdp": 1, "tp": 1, "ep": 1, "pp": 1} | given
+    processes = sizes["pp"] * replicas * sizes["fsdp"] * sizes["tp"]
+    return sizes | {"processes": processes, "pipeline_schedule": schedule}
 
 
 _TESTED = [
@@ -38,6 +44,10 @@ _TESTED = [
     _sizes(fsdp=4), _sizes(replicas=2, fsdp=2), _sizes(fsdp=2, tp=2), _sizes(fsdp=4, ep=4), _sizes(fsdp=4, ep=2),
     _sizes(fsdp=2, tp=2, ep=2), _sizes(fsdp=2, tp=2, ep=4), _sizes(replicas=2, fsdp=2, ep=2),
     _sizes(replicas=2, fsdp=2, tp=2), _sizes(replicas=2, fsdp=2, tp=2, ep=4),
+    _sizes(pp=2), *(_sizes(kind, pp=2) for kind in ("gpipe", "interleaved", "zero_bubble")),
+    _sizes(pp=2, fsdp=2), *(_sizes(kind, pp=2, fsdp=2) for kind in ("gpipe", "interleaved", "zero_bubble")),
+    _sizes(replicas=2, pp=2), _sizes(pp=2, tp=2), _sizes(pp=2, fsdp=2, ep=2), _sizes(pp=2, tp=2, ep=2),
+    _sizes(pp=2, fsdp=2, tp=2), _sizes(pp=2, fsdp=2, tp=2, ep=4), _sizes(replicas=2, pp=2, fsdp=2),
 ]  # fmt: skip
 LAYOUTS = {name(Layout(**sizes)): sizes for sizes in _TESTED}
 

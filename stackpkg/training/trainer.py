@@ -22,13 +22,13 @@ from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.evaluation.retrieval import Retriever
-from stackpkg.objectives import Composer, StepCounts, norms, routing
+from stackpkg.objectives import StepCounts, norms
 from stackpkg.params import Params
 from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
-from stackpkg.telemetry.probes import model_statistics, router_statistics
+from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
-from stackpkg.training import checkpoint, riders
+from stackpkg.training import checkpoint, riders, stages
 from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.faults import inject
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
@@ -36,6 +36,7 @@ from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_beta
 from stackpkg.training.recovery import RollBack, Skips
 from stackpkg.training.snapshots import complete
+from stackpkg.training.steploss import StepLoss
 
 
 class StackTrainer(Trainer):
@@ -67,13 +68,12 @@ class StackTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
         self.p, self.stream, self.folder, self.name, self.attempt, self._rung = p, stream, folder, name, attempt, rung
         self.mesh, self.rank, self.ranks = mesh, dist.get_rank(), p.layout.data_parallel
-        self.composer = Composer(p.objectives, routing.routers(model))
-        self.riders = riders.Riders(model, stream, p.objectives, name, self.args.device)
+        self.loss = StepLoss(model, stream, p, mesh, name, self.args.device)
+        self.composer = self.loss.composer
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = Skips(guard.named("TrainGradSpike")), guard, faults
         self.retriever = Retriever(stream, p)
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
-        self._raw: list[dict[str, Tensor]] = []
         self._mark, self._update_skipped = time.perf_counter(), False
         self._probed, self._row = dict[str, float](), dict[str, Any]()
 
@@ -113,20 +113,16 @@ class StackTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        # With a cache, transformers 5.23 would take the packed documents of a row for one.
-        packed = {"position_ids": inputs["position_ids"], "use_cache": False}
-        with routing.record(self.network) as routed:
-            outputs = model(input_ids=inputs["input_ids"], **packed)
-        talks, preferences, pairs = self.riders(model, inputs)
-        batch = outputs.logits, inputs["labels"], inputs["answer_mask"]
-        total, *kinds = self.composer.losses(
-            *batch, routed, pairs, self.counts, preferences=preferences, conversations=talks, group=self.mesh.data
-        )
-        told = zip(("loss", "weighted", "square"), kinds, strict=True)
-        self._raw.append({f"{kind}_{name}": value for kind, values in told for name, value in values.items()})
-        choice = [layer.logits for layer in routed if layer.logits.shape[-1] > 1]
-        self._routing = router_statistics(tuple(choice)) if choice else {}
+        total, outputs = self.loss(model, inputs, self.counts)
         return (total, outputs) if return_outputs else total
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch; a pipeline runs all of a step with the last of them."""
+        if self.p.layout.pp == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        pipeline: Any = self.network.pipeline
+        return pipeline.add(self._prepare_inputs(inputs), self.counts, self.p.training.accumulation)
 
     # ---- update
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -157,16 +153,17 @@ class StackTrainer(Trainer):
         seconds = time.perf_counter() - self._mark
         step, o = self.state.global_step, self.p.optimization
         # raw terms add up over micro-batches and ranks; the loss was multiplied by the ranks for the mean of FSDP
-        names = sorted(self._raw[0])
-        sums = torch.stack([torch.stack([micro[name] for micro in self._raw]).sum() for name in names])
+        names = sorted(self.loss.raw[0])
+        sums = torch.stack([torch.stack([micro[name] for micro in self.loss.raw]).sum() for name in names])
         sums = torch.cat([sums.double(), torch.tensor([loss / self.ranks], device=sums.device, dtype=torch.double)])
         dist.all_reduce(sums, group=self.mesh.data)
         *terms, loss = sums.tolist()
-        series = dict(zip(names, terms, strict=True)) | {name: float(value) for name, value in self._routing.items()}
+        routing = {name: float(value) for name, value in self.loss.routing.items()}
+        series = dict(zip(names, terms, strict=True)) | routing
         squares = {name: series.pop(name) for name in names if name.startswith("square_")}
         found = norms({name.removeprefix("square_"): value for name, value in squares.items()})
         series |= {f"gradient_{name}": value for name, value in found.items()}
-        self._raw.clear()
+        self.loss.raw.clear()
         updates, weights = step - self.skips.total, float(self.mesh.norm(self.network.parameters()))
         if not math.isfinite(weights):  # where, is not seen in a gradient until that number is used
             raise RollBack(step, step)
@@ -258,7 +255,10 @@ class StackTrainer(Trainer):
         """An ordinary Hugging Face folder, gathered from the shards; a checkpoint (internal call) has its own form."""
         if _internal_call:
             return
-        self.network.save_pretrained(str(output_dir), is_main_process=self.rank == 0)
+        if self.p.layout.pp > 1:
+            stages.save(self.network, Path(str(output_dir)))
+        else:
+            self.network.save_pretrained(str(output_dir), is_main_process=self.rank == 0)
         if self.rank == 0:
             guard = self.p.retrieval.model_dump(mode="json") | self.retriever.switch.state_dict()
             write_json(Path(str(output_dir)) / "retriever.json", guard)
