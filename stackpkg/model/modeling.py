@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -153,18 +153,25 @@ def attention_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str,
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
+def configure(model: params.Model, **values: Any) -> PreTrainedConfig:
+    """The configuration a profile asks for; `values` are used where it says nothing and names no model to load.
+
+    Raises `ValueError` for an unknown architecture or an unknown key.
+    """
+    if model.name_or_path:
+        return AutoConfig.from_pretrained(model.name_or_path, **model.config)
+    values |= model.config
+    kind = StackConfig.model_type if model.kind == "stack" else values.pop("model_type", "")
+    return checked(type(AutoConfig.for_model(kind)), values)
+
+
 def build(model: params.Model, vocab_size: int, pad_token_id: int, seed: int) -> PreTrainedModel:
     """The causal language model a profile asks for, in fp32, its weights drawn from `seed`.
 
     Stock auxiliary losses are switched off: their size grows with accumulation and ranks (`objectives` has ours).
     Raises `ValueError` for an unknown architecture, an unknown key, or a vocabulary smaller than the tokenizer's.
     """
-    values = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, **model.config}
-    kind = StackConfig.model_type if model.kind == "stack" else values.pop("model_type", "")
-    if model.name_or_path:
-        config = AutoConfig.from_pretrained(model.name_or_path, **model.config)
-    else:
-        config = checked(type(AutoConfig.for_model(kind)), values)
+    config = configure(model, vocab_size=vocab_size, pad_token_id=pad_token_id)
     if config.vocab_size < vocab_size:
         raise ValueError(f"the model's vocab_size {config.vocab_size} is below the tokenizer's {vocab_size}")
     if "router_aux_loss_coef" in config.to_dict():

@@ -71,9 +71,18 @@ def load_sharded(folder: Path, p: Params) -> PreTrainedModel:
 
 
 def sharded_share(model: nn.Module) -> float:
-    """Share of the parameters (by count of numbers) that are DTensors split over more than one rank."""
+    """Share of the parameters (by count of numbers) that this rank does not hold whole. A collective in a pipeline."""
     sizes = [(p.numel(), isinstance(p, DTensor) and p.to_local().numel() < p.numel()) for p in model.parameters()]
-    return sum(size for size, split in sizes if split) / sum(size for size, _ in sizes)
+    return 1 - sum(size for size, split in sizes if not split) / parameters(model)
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers in the whole model. A collective in a pipeline."""
+    count = torch.tensor(sum(p.numel() for p in model.parameters()))
+    if pipeline := getattr(model, "pipeline", None):
+        count = count.to(pipeline.device)
+        dist.all_reduce(count, group=pipeline.group)
+    return int(count)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -85,9 +85,16 @@ def architecture(p: Params) -> str:
 
 
 def check(p: Params) -> None:
-    """Raises `ValueError` for a (layout, model) that the table does not hold, with the nearest one that it does."""
+    """Raises `ValueError` for a (layout, model) that the table does not hold, with the nearest one that it does, and
+    for a model that can't be cut into the pipeline stages asked for.
+    """
     if p.layout.processes == 1:
         return
+    if p.layout.pp > 1:
+        from stackpkg.model.modeling import configure
+        from stackpkg.training import stages
+
+        stages.check(configure(p.model), p.layout)
     wanted, model = kinds(p.layout), architecture(p)
     rows = [row for row in runs.read_json(TABLE)["rows"] if holds(row)]
     tested = [(kinds(Layout(**LAYOUTS[row["layout"]])), row) for row in rows]

@@ -145,7 +145,7 @@ def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mes
         "attempts": attempt,
         "sharded_share": layout.sharded_share(model),
         "weights_sha256": layout.weights_digest(model),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": layout.parameters(model),
         "skipped_updates": trainer.skips.total,
         "ema_updates": trainer.ema.updates,
     }
