@@ -18,7 +18,7 @@ def within(rows: list[dict[str, Any]]) -> None:
     assert rows and not [row for row in rows if not support.holds(row)]
 
 
-def job(name: str, sizes: dict[str, int], resume: str = "", **training: Any) -> dict[str, Any]:
+def job(name: str, sizes: dict[str, Any], resume: str = "", **training: Any) -> dict[str, Any]:
     p = parity.profile("stackpkg", sizes, **training)
     return {"name": name, "params": p.model_dump(mode="json"), "resume": resume}
 
@@ -34,7 +34,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     again = job("again", support.LAYOUTS["tp2 + ep2"], "first/checkpoint-2", **often)
     other = job("other", support.LAYOUTS["fsdp2"], "first/checkpoint-2", **often)
     sharded, split = job("sharded", support.LAYOUTS["fsdp2"], **half), job("split", support.LAYOUTS["tp2"], **half)
-    parity.start(folder, [first, again, other, sharded, split], 2)
+    parity.start(folder, [first, again, other, sharded, split, job("cut", support.LAYOUTS["pp2"], **half)], 2)
+    deep = support.LAYOUTS["pp2 interleaved x fsdp2"]
+    parity.start(folder, [job("both", deep, **half), job("deep", deep, "first/checkpoint-2", **often)], 4)
     parity.start(folder, [job("alone", {}, "first/checkpoint-2", **often)], 1)
     return folder, rows
 
@@ -46,23 +48,24 @@ def test_a_few_layouts_compute_what_one_process_does(lab: tuple[Path, list[dict[
 
 def test_a_checkpoint_is_taken_over_by_any_layout(lab: tuple[Path, list[dict[str, Any]]]) -> None:
     first, again, other = (parity.read(lab[0], name, 2) for name in ("first", "again", "other"))
-    alone = parity.read(lab[0], "alone", 1)
-    assert not [found["error"] for found in (first, again, other, alone) if "error" in found]
+    alone, deep = parity.read(lab[0], "alone", 1), parity.read(lab[0], "deep", 4)
+    assert not [found["error"] for found in (first, again, other, alone, deep) if "error" in found]
     assert len(first["seen"]) == 3 and len(again["seen"]) == 1
     assert again["seen"][-1] == first["seen"][-1]  # the same layout goes on to the last bit
     assert all(torch.equal(again["weights"][name], weight) for name, weight in first["weights"].items())
-    for found in (other, alone):
+    for found in (other, alone, deep):
         assert found["seen"][-1] == pytest.approx(first["seen"][-1], rel=1e-5)
         assert found["evaluated"]["eval_loss"] == pytest.approx(first["evaluated"]["eval_loss"], rel=1e-5)
 
 
 def test_bf16_computes_nearly_the_same_on_fp32_weights(lab: tuple[Path, list[dict[str, Any]]]) -> None:
-    whole = torch.cat([g.flatten() for g in parity.read(lab[0], "one-stackpkg", 1)["gradients"].values()])
-    for name in ("sharded", "split"):
-        found = parity.read(lab[0], name, 2)
+    alone = parity.read(lab[0], "one-stackpkg", 1)["gradients"]
+    names, whole = list(alone), torch.cat([gradient.flatten() for gradient in alone.values()])
+    for name, processes in (("sharded", 2), ("split", 2), ("cut", 2), ("both", 4)):
+        found = parity.read(lab[0], name, processes)
         assert "error" not in found, found
         assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
-        grads = torch.cat([g.flatten() for g in found["gradients"].values()])
+        grads = torch.cat([found["gradients"][weight].flatten() for weight in names])
         assert grads.dtype is torch.float32 and not torch.equal(grads, whole)  # something was rounded
         assert float(torch.cosine_similarity(grads, whole, dim=0)) > 0.99, name
 
@@ -83,6 +86,7 @@ def test_the_table_holds_every_case_of_these_versions() -> None:
         ({"processes": 16, "fsdp": 4, "tp": 2}, "opt", "replicas2 x fsdp2 x tp2"),
         ({"processes": 8, "fsdp": 2, "tp": 2, "ep": 4}, "llama", "replicas2 x fsdp2 x tp2 with llama"),
         ({"processes": 4, "fsdp": 2, "tp": 2, "ep": 2}, "qwen3", "fsdp2 x tp2 with qwen3"),
+        ({"processes": 4, "fsdp": 1, "tp": 2, "pp": 2, "pipeline_schedule": "gpipe"}, "llama", "pp2 gpipe with llama"),
     ],
 )
 def test_what_was_not_tested_is_refused_with_the_nearest_that_was(
@@ -93,7 +97,7 @@ def test_what_was_not_tested_is_refused_with_the_nearest_that_was(
             params.validate({"layout": sizes})
         return
     config = {"kind": "auto", "config": {"model_type": model}}
-    p = params.validate({"layout": sizes, "model": config, "training": {"batch_tokens": 8192}})
+    p = params.validate({"layout": sizes, "model": config, "training": {"batch_tokens": 8192, "accumulation": 2}})
     with pytest.raises(ValueError, match=f"nearest that holds: {near}"):
         launch.launch("never", p, runs.RunFolder("never"), quiet=True)
 
@@ -102,6 +106,9 @@ def test_a_larger_layout_of_tested_kinds_is_let_through() -> None:
     for sizes in ({"processes": 512, "fsdp": 64}, {"processes": 256, "fsdp": 8, "tp": 8, "ep": 64}):
         support.check(params.validate({"layout": sizes, "training": {"batch_tokens": 64 * 8192}}))
     assert support.name(Layout(processes=16, fsdp=4, tp=2, ep=4)) == "replicas2 x fsdp4 x tp2 + ep4"
+    assert (
+        support.name(Layout(processes=16, pp=4, fsdp=2, pipeline_schedule="gpipe")) == "pp4 gpipe x replicas2 x fsdp2"
+    )
 
 
 @pytest.mark.slow
