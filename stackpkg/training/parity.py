@@ -177,7 +177,7 @@ def worker(rank: int, processes: int, port: int, folder: str, cases: list[dict[s
 
 
 def start(folder: Path, cases: list[dict[str, Any]], processes: int) -> None:
-    """Run cases that need the same number of processes; a case that breaks takes the others of its group with it."""
+    """Run cases that need the same number of processes; a case that breaks takes those after it with it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -236,11 +236,8 @@ def measure(folder: Path, wanted: Iterable[tuple[str, str]]) -> list[dict[str, A
     prepare(folder)
     rows, groups = [], plan(wanted)
     for processes, cases in groups.items():
-        waiting = cases
-        while waiting:  # after a case that breaks, the rest gets new processes
-            start(folder, waiting, processes)
-            done = [each for each in waiting if (folder / "found" / f"{each['name']}.0.pt").exists()]
-            waiting = waiting[len(done) :]
+        for each in cases:  # new processes for each: gloo keeps the threads of every group there ever was (torch 2.13)
+            start(folder, [each], processes)
         for each in cases:
             if processes == 1 and "error" in (found := read(folder, each["name"], 1)):
                 raise RuntimeError(f"one process fails at {each['name']}: {found['error']}")
