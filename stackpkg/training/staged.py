@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 from transformers.distributed.utils import TransformersDeviceMesh
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from stackpkg.params import Layout
 from stackpkg.training import stages
@@ -43,6 +44,7 @@ class Staged:
         group = mesh_manager.get_mesh("pp").get_group()
         pipeline = Pipeline(model, cls.layout, group, distributed_config.fsdp_mixed_precision)
         super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        maybe_install_capturing_hooks(model.base_model)  # else on the layers of the first stage to be asked alone
         model._pp_stage = pipeline  # whom transformers asks about weights that are not here
         if isinstance(model, FSDPModule):
             model.set_reshard_after_forward(False)  # gathered once a step, not once a micro-batch
