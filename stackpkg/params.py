@@ -82,7 +82,7 @@ class Objectives(Section):
     false_negative_margin: float | None = Field(
         None, ge=-2, le=2, description="negatives of cosine above the positive's less this do not count; None: all do"
     )
-    preference_loss: Literal["simpo", "orpo"] = Field("simpo", description="needs no reference model")
+    preference_loss: Literal["simpo", "orpo", "dpo"] = Field("simpo", description="dpo refers to the weights at first")
     preference_beta: float = Field(2.0, gt=0, le=100, description="papers: SimPO 2, DPO and ORPO 0.1")
     preference_gamma: float = Field(1.0, ge=0, le=100, description="margin SimPO asks for")
 

@@ -1,6 +1,7 @@
 """Real launches of a tiny model on real text: layouts agree, faults leave no trace, checkpoints fit any layout."""
 
 import json
+import math
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import LLAMA, QWEN, STACK
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +34,9 @@ from stackpkg.data import manifest as versions
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.ledger import Ledger
 from stackpkg.data.schedule import Schedule
+from stackpkg.data.stream import Stream
 from stackpkg.model import StackForCausalLM
+from stackpkg.objectives import preference
 from stackpkg.params import Params, Until
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
@@ -173,6 +177,17 @@ def carrying(lab: RunFolder) -> dict[str, dict[str, Any]]:
     done = run(lab, laden_two=Job(laden(2)))
     done |= run(lab, laden_killed=Job(laden(2), [KILL]))
     return done | run(lab, laden_one=Job(laden(1)), laden_llama=Job(laden(1, kind="auto", config=LLAMA), steps=2))
+
+
+@pytest.fixture(scope="module")
+def referring(lab: RunFolder) -> None:
+    """DPO, on two processes of which one dies when the first weights are long gone, and on one."""
+    weights = {"preference": 0.1, "preference_loss": "dpo", "preference_beta": 0.1, "conformance": 0.0}
+    one, two = (
+        p.model_copy(update={"objectives": p.objectives.model_copy(update=weights)}) for p in (laden(1), laden(2))
+    )
+    run(lab, dpo_two=Job(two, [KILL]))
+    run(lab, dpo_one=Job(one))
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +362,27 @@ def test_conversations_preferences_and_pairs_ride_in_one_step(lab: RunFolder, ca
         assert reports[0][key] == pytest.approx(reports[1][key], rel=1e-4), key
     spec = read_json(lab.path / "checkpoints/laden_two/job.json")
     assert {"conversations.parquet", "scopes.yaml", "preferences.parquet"} <= spec["data"].keys()
+
+
+def test_dpo_refers_to_the_weights_that_the_job_began_with(lab: RunFolder, referring) -> None:
+    one, two = history(lab, "dpo_one"), history(lab, "dpo_two")
+    assert len(read_json(lab.path / "checkpoints/dpo_two/attempts.json")) == 2
+    pd.testing.assert_frame_equal(compared(one), compared(two), rtol=1e-5, atol=1e-7, check_exact=False)
+    kept = [
+        load_file(lab.path / f"checkpoints/dpo_{name}/reference.safetensors")["log_probs"] for name in ("one", "two")
+    ]
+    torch.testing.assert_close(*kept)
+    home = lab.path / "checkpoints/dpo_one"
+    model, stream = AutoModelForCausalLM.from_pretrained(home / "initial").eval(), Stream(lab.path / "data", laden(1))
+    pairs = {name: torch.as_tensor(values) for name, values in stream.labelled["preferences"].items()}
+    for column, name in enumerate(("chosen_ids", "rejected_ids")):
+        with torch.no_grad():
+            logits = model(input_ids=pairs[name], use_cache=False).logits
+        found = preference.answers(logits, pairs[name], pairs["answer_start"], stream.pad_id).log_probs
+        torch.testing.assert_close(kept[0][:, column], found, rtol=1e-4, atol=1e-4)
+    # one update away from the reference the margin is near 0, and -log sigma(0) = log 2
+    losses = one.loss_preference.dropna().tolist()
+    assert losses[0] == pytest.approx(math.log(2), abs=0.05) and losses[-1] < losses[0]
 
 
 def test_a_resume_repeats_what_rode_along(lab: RunFolder, carrying) -> None:

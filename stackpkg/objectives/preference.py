@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ class Preferences(NamedTuple):
     rejected: Answers
     key: Tensor
     reference: tuple[Tensor, Tensor] | None = None
+
+
+def stacked(batch: Mapping[str, Tensor], pad_id: int) -> dict[str, Any]:
+    """What is asked of a model: chosen_ids, then rejected_ids [n, L]."""
+    ids = torch.cat([batch["chosen_ids"], batch["rejected_ids"]])
+    return {"input_ids": ids, "attention_mask": (ids != pad_id).long(), "use_cache": False}
 
 
 def answers(logits: Tensor, ids: Tensor, answer_start: Tensor, pad_id: int) -> Answers:

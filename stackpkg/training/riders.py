@@ -6,6 +6,7 @@ Every rank calls the model equally often, as FSDP needs: whether a step carries 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from transformers import PreTrainedModel
 from stackpkg.data.stream import Stream
 from stackpkg.model import StackForCausalLM, embedding, scopes
 from stackpkg.model.scopes import PROTECTED
-from stackpkg.objectives import Pairs, conformance
+from stackpkg.objectives import Pairs, conformance, preference
 from stackpkg.objectives.conformance import Conversations
-from stackpkg.objectives.preference import Answers, Preferences, answers
+from stackpkg.objectives.preference import Answers, Preferences
 from stackpkg.params import Objectives
+from stackpkg.training import reference
 
 
 def carried(inputs: Mapping[str, Tensor], key: str) -> bool:
@@ -47,16 +49,20 @@ class Riders:
     """What a step carries: `requests` are the forwards that it needs, `read` makes objectives of their answers."""
 
     def __init__(
-        self, network: PreTrainedModel, stream: Stream, weights: Objectives, name: str, device: torch.device
-    ) -> None:
-        self.weights, self.pad_id, self.rules = weights, stream.pad_id, None
+        self, network: PreTrainedModel, stream: Stream, weights: Objectives, home: Path, data: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.weights, self.pad_id, self.rules, self.reference = weights, stream.pad_id, None, None
+        if weights.preference and weights.preference_loss == "dpo" and "preferences" in stream.labelled:
+            pairs = stream.labelled["preferences"]
+            self.reference = reference.log_probs(network, pairs, self.pad_id, home, data, device)
         if "conversations" in stream.labelled:
             self.forbidden = torch.as_tensor(stream.forbidden, device=device)
             if isinstance(network, StackForCausalLM):
                 self.rules = scopes.load(stream.corpus.folder / "scopes.yaml")
             elif dist.get_rank() == 0:
                 kind = network.config.model_type
-                print(f"[{name}] {kind} knows no scopes: conformance is that of tokens alone", flush=True)
+                print(f"[{home.name}] {kind} knows no scopes: conformance is that of tokens alone", flush=True)
 
     def requests(self, inputs: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Keyword arguments of each forward, by name, in the order to run them in."""
@@ -64,9 +70,7 @@ class Riders:
         if weights.conformance and carried(inputs, "conversation_key"):
             found["conversations"] = conformance.request(inputs, self.rules, self.pad_id)
         if weights.preference and carried(inputs, "preference_key"):
-            ids = torch.cat([inputs["chosen_ids"], inputs["rejected_ids"]])
-            mask = (ids != self.pad_id).long()
-            found["preferences"] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            found["preferences"] = preference.stacked(inputs, self.pad_id)
         # last: under FSDP2 (torch 2.13) the backward crashes when a forward follows one without use of its logits
         if weights.contrastive and carried(inputs, "pair_key"):
             found["pairs"] = embedding.request(stacked(inputs, self.pad_id), self.pad_id)
@@ -79,7 +83,7 @@ class Riders:
         talk, preferred, pair = (answers.get(name) for name in ("conversations", "preferences", "pairs"))
         return (
             None if talk is None else conformance.said(talk, inputs, self.forbidden, self.pad_id),
-            None if preferred is None else preferences(preferred.logits, inputs, self.pad_id),
+            None if preferred is None else preferences(preferred.logits, inputs, self.pad_id, self.reference),
             None if pair is None else pairs(pair, inputs, self.pad_id),
         )
 
@@ -98,9 +102,14 @@ def pairs(out: Any, inputs: Mapping[str, Tensor], pad_id: int) -> Pairs:
     return Pairs(query, positive, negatives.view(n, hard, -1), inputs["pair_key"])
 
 
-def preferences(logits: Tensor, inputs: Mapping[str, Tensor], pad_id: int) -> Preferences:
-    """Log-probabilities of the answers in chosen_ids and rejected_ids [n, L], from answer_start [n] on."""
+def preferences(
+    logits: Tensor, inputs: Mapping[str, Tensor], pad_id: int, reference: Tensor | None = None
+) -> Preferences:
+    """Log-probabilities of the answers in chosen_ids and rejected_ids [n, L], from answer_start [n] on; beside them
+    those of the `reference` [set, 2].
+    """
     ids = torch.cat([inputs["chosen_ids"], inputs["rejected_ids"]])
-    found = answers(logits, ids, inputs["answer_start"].repeat(2), pad_id)
+    found = preference.answers(logits, ids, inputs["answer_start"].repeat(2), pad_id)
     chosen, rejected = (Answers(*half) for half in zip(*(part.chunk(2) for part in found), strict=True))
-    return Preferences(chosen, rejected, inputs["preference_key"])
+    key = inputs["preference_key"]
+    return Preferences(chosen, rejected, key, None if reference is None else (reference[key, 0], reference[key, 1]))

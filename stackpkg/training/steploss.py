@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,14 +27,14 @@ class StepLoss:
     """
 
     def __init__(
-        self, network: PreTrainedModel, stream: Stream, p: Params, mesh: Mesh, name: str, device: torch.device
+        self, network: PreTrainedModel, stream: Stream, p: Params, mesh: Mesh, home: Path, device: torch.device
     ) -> None:
         routers: Sequence[nn.Module | None] = routing.routers(network)
         if p.layout.pp > 1:
             pipeline: Any = network.pipeline
             pipeline.loss, routers = self, pipeline.routers
         self.composer, self.mesh = Composer(p.objectives, routers), mesh
-        self.riders = Riders(network, stream, p.objectives, name, device)
+        self.riders = Riders(network, stream, p.objectives, home, mesh.data, device)
         self.raw: list[dict[str, Tensor]] = []
         self.routing: dict[str, Tensor] = {}
 

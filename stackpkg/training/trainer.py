@@ -68,7 +68,7 @@ class StackTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
         self.p, self.stream, self.folder, self.name, self.attempt, self._rung = p, stream, folder, name, attempt, rung
         self.mesh, self.rank, self.ranks = mesh, dist.get_rank(), p.layout.data_parallel
-        self.loss = StepLoss(model, stream, p, mesh, name, self.args.device)
+        self.loss = StepLoss(model, stream, p, mesh, Path(str(args.output_dir)), self.args.device)
         self.composer = self.loss.composer
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = Skips(guard.named("TrainGradSpike")), guard, faults
