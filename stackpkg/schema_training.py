@@ -130,6 +130,9 @@ class Sweep(Section):
     hot: list[Annotated[float, Field(gt=0)]] = Field(
         [10.0, 30.0, 100.0], description="multiples of the learning rate whose runs are meant to diverge"
     )
+    min_guardrails: int = Field(
+        1, ge=0, description="alerts whose shipped threshold must lie between runs that diverged and runs that did not"
+    )
 
 
 class Governance(Section):
