@@ -28,14 +28,14 @@ from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics, router_statistics
 from stackpkg.telemetry.rows import RowWriter
-from stackpkg.training import checkpoint, riders
+from stackpkg.training import checkpoint, riders, versions
 from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.faults import inject
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_beta
 from stackpkg.training.recovery import RollBack, Skips
-from stackpkg.training.snapshots import complete
+from stackpkg.training.saving import Cadence, Saver
 
 
 class StackTrainer(Trainer):
@@ -76,6 +76,11 @@ class StackTrainer(Trainer):
         self._raw: list[dict[str, Tensor]] = []
         self._mark, self._update_skipped = time.perf_counter(), False
         self._probed, self._row = dict[str, float](), dict[str, Any]()
+        about = versions.describe(
+            p, name, attempt, stream.manifest_digest, model.config.to_dict(), folder / "artifacts"
+        )
+        self.saver = Saver(Path(str(args.output_dir)), p.snapshots, about, faults)
+        self.add_callback(Cadence(self.saver))
 
     # ---- layout: the mesh is ours, accelerate sees plain processes
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -133,7 +138,9 @@ class StackTrainer(Trainer):
         step = self.state.global_step
         here = {"step": step + 1, "rank": self.rank, "attempt": self.attempt, "precision": self.p.training.precision}
         for fault in self.faults:
-            inject(fault, model, self.optimizer.optimizer, cursor=self.stream.plan.position(step), **here)
+            cursor, optimizer = self.stream.plan.position(step), self.optimizer.optimizer
+            inject(fault, model, optimizer, self.saver.settle, cursor=cursor, **here)
+        self.saver.staged()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = self.mesh.clip(gradients, self.args.max_grad_norm)
         self._update_skipped = self.skips.check(model, norm, step + 1)
@@ -253,7 +260,10 @@ class StackTrainer(Trainer):
         if told[0]:
             schedule.use([*schedule.decisions, *told[0]])
 
-    # ---- checkpoints: one distributed checkpoint of weights, moments and average, complete or not there
+    # ---- checkpoints: written behind the training, complete or not there
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.saver.partial)  # below it Trainer makes checkpoint-N
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """An ordinary Hugging Face folder, gathered from the shards; a checkpoint (internal call) has its own form."""
         if _internal_call:
@@ -264,36 +274,25 @@ class StackTrainer(Trainer):
             write_json(Path(str(output_dir)) / "retriever.json", guard)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step, loss = self.state.global_step, self._row.get("validation_loss")
         self._write_row()
         self.rows.flush()
+        self.saver.wait()
         super()._save_checkpoint(model, trial)
-        dist.barrier()
-        if self.rank == 0:
-            complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self.state.global_step)
-        dist.barrier()
+        self.saver.begin(step, checkpoint.tensors(self.network, self.optimizer.optimizer, self.ema), loss)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        scalars = {
-            "scheduler": self.lr_scheduler.state_dict(),
-            "composer": self.composer.state_dict(),
-            "ema_updates": self.ema.updates,
-            "skips": self.skips.state_dict(),
-            "guard": json.dumps(self.guard.state_dict()),
-            "switch": self.retriever.switch.state_dict(),
-        }
-        checkpoint.save(Path(output_dir), self.network, self.optimizer.optimizer, self.ema, scalars)
+        """The small files; the optimiser goes with the weights."""
+        if self.rank == 0:
+            checkpoint.write(Path(output_dir), self)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None:
             return
-        scalars = checkpoint.load(Path(folder), self.network, self.optimizer.optimizer, self.ema)
-        checkpoint.restore(self.lr_scheduler, scalars["scheduler"])
-        self.composer.load_state_dict(scalars["composer"])
-        self.ema.updates = scalars["ema_updates"]
-        self.skips.load_state_dict(scalars["skips"])
-        self.guard.load_state_dict(json.loads(scalars["guard"]))
+        versions.check(Path(folder), self.network.config.to_dict())
+        checkpoint.load(Path(folder), self.network, self.optimizer.optimizer, self.ema)
+        checkpoint.read(Path(folder), self)
         self.guard.forget("TrainRolledBack")
-        self.retriever.switch.load_state_dict(scalars["switch"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights come with the moments, in `_load_optimizer_and_scheduler`: one read of one checkpoint."""
