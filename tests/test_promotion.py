@@ -1,13 +1,18 @@
 """What is promoted has passed its gate, and the registry tells the story."""
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stackpkg.runs import digest, read_json
-from stackpkg.training import promotion
+from stackpkg.model.configuration import StackConfig
+from stackpkg.runs import digest, read_json, write_json
+from stackpkg.training import promotion, versions
+from stackpkg.training.snapshots import PROMOTED
 
 
 @pytest.mark.parametrize(
@@ -48,7 +53,7 @@ def test_promotions_refusals_and_demotions_are_entered(tmp_path: Path, candidate
 
     sha = {}
     for version in ("v1", "v2", "v3"):
-        (candidate / "config.json").write_text(version)
+        write_json(candidate / "config.json", {"hidden_size": 32, "_name_or_path": version})
         assert promotion.promote(artifacts, candidate, version, {"loss": 1.0}, [])
         sha[version] = digest(candidate)
         assert digest(artifacts / version) == sha[version]
@@ -85,7 +90,7 @@ def test_an_interrupted_copy_leaves_the_version_that_was_there(tmp_path: Path, c
     artifacts = tmp_path / "artifacts"
     promotion.promote(artifacts, candidate, "v1", {}, [])
     first = digest(artifacts / "v1")
-    (candidate / "config.json").write_text("newer")
+    write_json(candidate / "config.json", {"hidden_size": 64})
 
     def full(source: str, target: str, **_: object) -> None:
         if target.endswith(".safetensors"):
@@ -104,3 +109,82 @@ def test_an_interrupted_copy_leaves_the_version_that_was_there(tmp_path: Path, c
         assert promotion.promote(artifacts, candidate, version, {}, [])
         assert digest(artifacts / version) == digest(candidate)
     assert sorted(path.name for path in artifacts.iterdir()) == ["registry.json", "v1", "v2"]
+
+
+def test_only_an_artifact_that_is_as_it_was_promoted_comes_back(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    for version in ("v1", "v2", "v3"):
+        promotion.promote(artifacts, candidate, version, {}, [])
+    promotion.roll_back(artifacts, "v1", "v3 and v2 answer slower")
+    told = promotion.registry(artifacts)
+    assert told["current"] == "v1"
+    assert told["history"][-1] | {"at": ""} == {
+        "event": "rolled_back", "version": "v1", "from": "v3", "reason": "v3 and v2 answer slower", "at": "",
+    }  # fmt: skip
+    (artifacts / "v2/model.safetensors").write_bytes(b"weights" * 99 + b"weighty")
+    with pytest.raises(ValueError, match=r"v2 can't be current: .* allowed: \['v1', 'v3'\]"):
+        promotion.roll_back(artifacts, "v2", "try it")
+    with pytest.raises(ValueError, match="v9 can't be current"):
+        promotion.roll_back(artifacts, "v9", "try it")
+    assert promotion.registry(artifacts)["current"] == "v1"
+    promotion.roll_back(artifacts, "v3", "false alarm")
+    assert promotion.demote(artifacts, "it was true") == "v1", "v2 is damaged: passed over"
+
+
+def test_versions_follow_what_changed_against_the_promoted_architecture(tmp_path: Path, candidate: Path) -> None:
+    artifacts, first = tmp_path / "artifacts", {"hidden_size": 32, "num_experts": 4, "rope_theta": 1e6}
+    steps = [
+        (first, "1.0.0"),
+        (first | {"transformers_version": "6"}, "1.0.0"),  # other weights, the same architecture
+        (first | {"num_experts": 8}, "1.1.0"),
+        (first | {"num_experts": 8, "rope_theta": 1e4}, "1.1.1"),
+        (first | {"num_experts": 8, "rope_theta": 1e4, "hidden_size": 64}, "2.0.0"),
+        (first, "1.0.0"),  # one that was there before has its own version
+        (first | {"attention_pattern": "block"}, "1.2.0"),  # 1.1.0 is another
+    ]
+    for number, (config, version) in enumerate(steps):
+        write_json(candidate / "config.json", config)
+        assert versions.architecture(config, artifacts) == version
+        promotion.promote(artifacts, candidate, f"v{number}", {}, [])
+    entries = promotion.registry(artifacts)["history"]
+    assert [entry["versions"]["architecture"] for entry in entries] == [version for _, version in steps]
+    assert {(entry["versions"]["router"], entry["versions"]["retriever"]) for entry in entries} == {("1.0", "1.0")}
+
+
+def test_every_setting_of_the_reference_model_has_a_kind_of_change() -> None:
+    """A setting that nobody classified is breaking: right for sizes, wrong for a new number or pattern."""
+    named = {field.name for field in dataclasses.fields(StackConfig)}
+    sizes = {
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "moe_intermediate_size", "tie_word_embeddings", "pad_token_id",
+    }  # fmt: skip
+    known = versions.TOPOLOGY | versions.NUMBERS | versions.SILENT
+    assert {n for n in named - known - sizes if n in StackConfig.__annotations__} == set()
+    before = StackConfig().to_dict()
+    assert versions.change(before, StackConfig(num_hidden_layers=24).to_dict()) == (
+        "major", ["num_hidden_layers 48 -> 24"],
+    )  # fmt: skip
+    assert versions.change(before, before) == ("none", [])
+    assert versions.change(before, StackConfig(sliding_window=256, rms_norm_eps=1e-5).to_dict())[0] == "minor"
+
+
+@given(st.tuples(*[st.integers(0, 99)] * 3), st.lists(st.sampled_from(versions.KINDS), max_size=6))
+def test_a_later_version_is_never_smaller(start: tuple[int, int, int], kinds: list[str]) -> None:
+    version = ".".join(map(str, start))
+    for kind in kinds:
+        later = versions.bump(version, kind)
+        old, new = (tuple(map(int, given.split("."))) for given in (version, later))
+        assert new == old if kind == "none" else new > old
+        changed = next((place for place in range(3) if new[place] != old[place]), 3)
+        assert changed == {"major": 0, "minor": 1, "patch": 2, "none": 3}[kind] and not any(new[changed + 1 :])
+        version = later
+
+
+def test_the_checkpoint_that_was_promoted_is_marked(tmp_path: Path, candidate: Path) -> None:
+    snapshot = tmp_path / "checkpoint-4"
+    write_json(snapshot / "manifest.json", {"step": 4})
+    assert not promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, ["no"], snapshot=snapshot)
+    assert not (tmp_path / PROMOTED).exists()
+    assert promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, [], card="# A card", snapshot=snapshot)
+    assert read_json(tmp_path / PROMOTED) == {"4": "v1"}
+    assert (tmp_path / "artifacts/v1/README.md").read_text() == "# A card"

@@ -1,11 +1,17 @@
 """Checkpoints are whole or not there, and those that are needed stay."""
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from stackpkg.params import Snapshots
 from stackpkg.runs import digest, read_json, write_json
-from stackpkg.training import snapshots
+from stackpkg.training import recovery, snapshots
 
 
 def checkpoint(home: Path, step: int, marked: bool = True) -> Path:
@@ -82,3 +88,134 @@ def test_a_marker_counts_all_files_and_not_itself(tmp_path: Path) -> None:
     assert marker["step"] == 7 and set(marker["files"]) == {"dcp/__0_0.distcp", "state.pt"}
     write_json(folder / "extra.json", {})  # a file that came later harms nobody
     assert snapshots.problems(folder) == []
+
+
+# --- a save that is broken off
+
+
+def begun(home: Path, step: int) -> Path:
+    return checkpoint(home / snapshots.PARTIAL, step, marked=False)
+
+
+def test_a_published_checkpoint_is_whole_and_what_was_there_is_kept(tmp_path: Path) -> None:
+    first = snapshots.publish(begun(tmp_path, 3), 3)
+    assert first == tmp_path / "checkpoint-3" and snapshots.problems(first) == []
+    again = snapshots.publish(begun(tmp_path, 3), 3)
+    assert again == first and len(list(tmp_path.glob("checkpoint-3.replaced-*"))) == 1
+
+
+def test_what_a_broken_off_save_left_is_removed_and_told(tmp_path: Path) -> None:
+    whole = snapshots.publish(begun(tmp_path, 3), 3)
+    begun(tmp_path, 6)
+    assert snapshots.latest(tmp_path) == (whole, ["checkpoint-6: saving was broken off; removed"])
+    assert not (tmp_path / snapshots.PARTIAL).exists()
+
+
+def dies_at(number: int, act: Callable[[], object]) -> bool:
+    """Do `act` in a child that is killed right before its `number`-th change of the disk; whether it came to an end."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    left = [number]
+
+    def counted(function: Callable) -> Callable:
+        def call(*given: object, **more: object) -> object:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **more)
+
+        return call
+
+    for owner, names in {os: ("fsync", "unlink", "rmdir"), Path: ("rename", "replace", "write_text", "mkdir")}.items():
+        for name in names:
+            setattr(owner, name, counted(getattr(owner, name)))
+    try:
+        act()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def test_a_kill_at_any_moment_leaves_the_whole_checkpoint_or_none_that_is_used(tmp_path: Path) -> None:
+    """Publish and prune, killed before each thing they do to the disk; the newest whole one is the old or the new."""
+    keep, seen = Snapshots(keep_last=1, keep_best=0), []
+    for number in range(1, 100):
+        home = tmp_path / str(number)
+        for step in (1, 5):
+            snapshots.publish(begun(home, step), step)
+        partial = begun(home, 9)
+        ended = dies_at(number, lambda partial=partial, home=home: (
+            snapshots.publish(partial, 9), snapshots.prune(home, keep)
+        ))  # fmt: skip
+        found, complaints = snapshots.latest(home)
+        assert found and snapshots.problems(found) == [], complaints
+        assert not list(home.glob("*.damaged-*")), "a kill is no damage"
+        seen.append(int(found.name[11:]))
+        if ended:
+            break
+    assert ended and len(seen) > 8, "the kills did not reach the end"
+    assert seen == sorted(seen) and {*seen} == {5, 9}
+    assert list(snapshots.listed(home)) == [5, 9], "5 is the newest before a fault that could still come"
+
+
+# --- retention
+
+
+def test_what_stays(tmp_path: Path) -> None:
+    losses = {30: 2.0, 60: 1.0, 90: 1.5, 120: float("nan")}
+    stay = snapshots.retained(range(10, 160, 10), losses, Snapshots(keep_last=2, keep_every=50, keep_best=2), [70])
+    assert stay == {140, 150, 50, 100, 60, 90, 70}
+    assert snapshots.retained([8, 9, 10, 11, 12], {}, Snapshots(keep_last=1, keep_best=0), []) == {9, 12}
+    assert snapshots.retained([], {1: 1.0}, Snapshots(), [1]) == set()
+
+
+POLICY = st.builds(
+    Snapshots, keep_last=st.integers(1, 5), keep_every=st.integers(0, 20), keep_best=st.integers(0, 3),
+)  # fmt: skip
+STEPS = st.sets(st.integers(1, 200), max_size=30)
+LOSSES = st.dictionaries(st.integers(1, 200), st.one_of(st.floats(0, 20), st.just(float("nan"))), max_size=15)
+
+
+@given(STEPS, LOSSES, POLICY, STEPS, st.data())
+def test_nothing_that_is_needed_goes(steps: set[int], losses: dict, keep: Snapshots, promoted: set[int], data) -> None:
+    stay = snapshots.retained(steps, losses, keep, promoted)
+    assert stay <= steps and promoted & steps <= stay
+    assert {*sorted(steps)[-keep.keep_last :]} <= stay
+    assert not keep.keep_every or {step for step in steps if step % keep.keep_every == 0} <= stay
+    told = sorted(loss for step, loss in losses.items() if step in steps and loss == loss)
+    assert (
+        sorted(losses[step] for step in stay if losses.get(step, float("nan")) == losses.get(step))[: keep.keep_best]
+        == told[: keep.keep_best]
+    )
+    if steps:  # wherever the ladder wants to go back to from the steps that come next, it is there
+        fault = (
+            max(steps) + data.draw(st.integers(1, 8)) - data.draw(st.integers(0, recovery.MAX_CONSECUTIVE_SKIPS - 1))
+        )
+        assert max((s for s in stay if s < fault), default=0) == max((s for s in steps if s < fault), default=0)
+
+
+@given(STEPS, LOSSES, POLICY)
+def test_keeping_again_changes_nothing(steps: set[int], losses: dict, keep: Snapshots) -> None:
+    stay = snapshots.retained(steps, losses, keep, ())
+    assert snapshots.retained(stay, losses, keep, ()) == stay
+    bound = (
+        keep.keep_last
+        + 1
+        + keep.keep_best
+        + (len([s for s in steps if s % keep.keep_every == 0]) if keep.keep_every else 0)
+    )
+    assert len(stay) <= bound
+
+
+def test_prune_reads_losses_and_promotions_from_the_checkpoints(tmp_path: Path) -> None:
+    for step, loss in {2: 3.0, 4: None, 6: 1.0, 8: "NaN", 10: 2.0, 12: None, 14: None}.items():
+        folder = begun(tmp_path, step)
+        write_json(folder / snapshots.MANIFEST, {"validation_loss": loss})
+        snapshots.publish(folder, step)
+    write_json(tmp_path / snapshots.PROMOTED, {"4": "v1"})
+    (tmp_path / "checkpoint-8.damaged-x").mkdir()
+    unmark(tmp_path / "checkpoint-2")  # nobody knows what it is
+    assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == [8, 12]
+    assert list(snapshots.listed(tmp_path)) == [2, 4, 6, 10, 14] and not list((tmp_path / ".saving").iterdir())
+    assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == []

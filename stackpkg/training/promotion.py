@@ -10,7 +10,7 @@ from typing import Any
 
 from stackpkg.runs import digest, files_below, now, read_json, write_json, write_text
 from stackpkg.training import versions
-from stackpkg.training.snapshots import PROMOTED, flush
+from stackpkg.training.snapshots import MANIFEST, PROMOTED, flush
 
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
 CARD = "README.md"  # where the hub looks for a model card
@@ -74,7 +74,9 @@ def promote(
     temporary.rename(target)
     flush(artifacts)
     if snapshot:
-        write_json(snapshot / PROMOTED, {"version": version, "at": now()})
+        marks = snapshot.parent / PROMOTED
+        kept = read_json(marks) if marks.exists() else {}
+        write_json(marks, kept | {str(read_json(snapshot / MANIFEST)["step"]): version})
     event = {"event": "promoted", "version": version, "sha256": digest(target), "values": values, "versions": told}
     _enter(artifacts, event, version)
     return True

@@ -111,9 +111,8 @@ class Saver:
         if any(told):
             if dist.get_rank() == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)
-            raise SaveFailed(
-                f"checkpoint-{self._step} was not saved: {next(filter(None, told))}; earlier ones are whole"
-            )
+            why = next(filter(None, told))
+            raise SaveFailed(f"checkpoint-{self._step} was not saved, those before it are as they were: {why}")
 
 
 def _reason(error: BaseException | None) -> str | None:

@@ -13,7 +13,7 @@ from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS
 
 MARKER, MANIFEST = "complete.json", "manifest.json"
 PARTIAL = ".saving"  # what is being written lies in here, and counts for nothing
-PROMOTED = "promoted.json"  # in a snapshot that was promoted: it stays
+PROMOTED = "promoted.json"  # step -> version of the snapshots that were promoted: these stay
 
 
 def flush(path: Path) -> None:
@@ -108,7 +108,7 @@ def prune(home: Path, keep: Snapshots) -> list[int]:
     losses = {
         step: float(about["validation_loss"]) for step, about in told.items() if about["validation_loss"] is not None
     }
-    promoted = [step for step, path in have.items() if (path / PROMOTED).exists()]
+    promoted = map(int, read_json(home / PROMOTED)) if (home / PROMOTED).exists() else ()
     gone = sorted(have.keys() - retained(have, losses, keep, promoted))
     for step in gone:
         hidden = home / PARTIAL / f"{have[step].name}.deleted"
