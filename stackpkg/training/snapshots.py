@@ -88,15 +88,16 @@ def latest(home: Path) -> tuple[Path | None, list[str]]:
 
 def retained(steps: Iterable[int], losses: Mapping[int, float], keep: Snapshots, promoted: Iterable[int]) -> set[int]:
     """Which of the whole checkpoints at `steps` stay: the last, every n-th, the best by validation loss where the step
-    was evaluated (`losses`; one that is not a number is never best), what was promoted, and two that a job can't do
-    without: the newest, and the newest before any fault that the recovery ladder can still go back from."""
+    was evaluated (`losses`; one that is not a number is never best), what was promoted, and what a job can't do
+    without: the newest before any fault that the recovery ladder can still go back from."""
     have = sorted(steps)
     if not have:
         return set()
-    # the next update that can fail is have[-1] + 1, and a fault begins up to MAX_CONSECUTIVE_SKIPS - 1 steps before it
+    # an update after have[-1] ends a fault, which began up to MAX_CONSECUTIVE_SKIPS - 1 steps before it
     sound = [step for step in have if step <= have[-1] + 1 - MAX_CONSECUTIVE_SKIPS]
+    near = have[len(sound) :]
     ranked = sorted((loss, -step) for step, loss in losses.items() if step in have and loss == loss)
-    stay = {*have[-keep.keep_last :], *sound[-1:], *(-step for _, step in ranked[: keep.keep_best])}
+    stay = {*have[-keep.keep_last :], *sound[-1:], *near, *(-step for _, step in ranked[: keep.keep_best])}
     stay |= {step for step in have if keep.keep_every and step % keep.keep_every == 0}
     return stay | (set(promoted) & set(have))
 
