@@ -219,3 +219,19 @@ def test_prune_reads_losses_and_promotions_from_the_checkpoints(tmp_path: Path) 
     assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == [8]
     assert list(snapshots.listed(tmp_path)) == [2, 4, 6, 10, 12, 14] and not list((tmp_path / ".saving").iterdir())
     assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == []
+
+
+def test_a_file_is_carried_to_another_checkpoint(tmp_path: Path) -> None:
+    source, target = checkpoint(tmp_path / "one", 4), checkpoint(tmp_path / "other", 6)
+    before, (mine, theirs) = digest(target), ((folder / "state.pt").read_bytes() for folder in (source, target))
+    assert mine != theirs
+    made = snapshots.carry("state.pt", source, target)
+    assert made == target and snapshots.problems(made) == [] and read_json(made / snapshots.MARKER)["step"] == 6
+    assert (made / "state.pt").read_bytes() == mine
+    (aside,) = tmp_path.glob("other/checkpoint-6.replaced-*")
+    assert digest(aside) == before, "the shards are shared, the one set aside is as it was"
+    with pytest.raises(ValueError, match=r"checkpoint-4 has no file router.pt; it has dcp/__0_0.distcp, state.pt"):
+        snapshots.carry("router.pt", source, target)
+    flip(source)
+    with pytest.raises(ValueError, match=r"only whole checkpoints .*: checkpoint-4/dcp/__0_0.distcp: changed"):
+        snapshots.carry("state.pt", source, target)

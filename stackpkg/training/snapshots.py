@@ -86,6 +86,26 @@ def latest(home: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def carry(name: str, source: Path, target: Path) -> Path:
+    """Give the checkpoint `target` the file `name` of the checkpoint `source`, such as the state of its routers: made
+    anew and whole in its place; what was there is set aside. Returns it. For a job that is not running.
+
+    Raises `ValueError` where one of them is not whole or `source` has no such file.
+    """
+    if bad := [*problems(source), *problems(target)]:
+        raise ValueError(f"only whole checkpoints carry and are carried to: {'; '.join(bad)}")
+    if name not in read_json(source / MARKER)["files"]:
+        allowed = ", ".join(read_json(source / MARKER)["files"])
+        raise ValueError(f"{source.name} has no file {name}; it has {allowed}")
+    partial = target.parent / PARTIAL / target.name
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(target, partial, copy_function=os.link)
+    for changed in (name, MARKER):
+        (partial / changed).unlink(missing_ok=True)
+    shutil.copy2(source / name, partial / name)
+    return publish(partial, read_json(target / MARKER)["step"])
+
+
 def retained(steps: Iterable[int], losses: Mapping[int, float], keep: Snapshots, promoted: Iterable[int]) -> set[int]:
     """Which of the whole checkpoints at `steps` stay: the last, every n-th, the best by validation loss where the step
     was evaluated (`losses`; one that is not a number is never best), what was promoted, and what a job can't do
