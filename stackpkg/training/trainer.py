@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from stackpkg.data import curriculum
 from stackpkg.data.provenance import withdrawals_due
@@ -28,17 +28,17 @@ from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics, router_statistics
 from stackpkg.telemetry.rows import RowWriter
-from stackpkg.training import checkpoint, riders, versions
+from stackpkg.training import riders, versions
 from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.faults import inject
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_beta
 from stackpkg.training.recovery import RollBack, Skips
-from stackpkg.training.saving import Cadence, Saver
+from stackpkg.training.resumable import Resumable
 
 
-class StackTrainer(Trainer):
+class StackTrainer(Resumable):
     """Stock `Trainer` loop; overridden are the loader, the loss, the clip, evaluation and checkpoints."""
 
     optimizer: Any  # set by Trainer before the first step
@@ -76,11 +76,8 @@ class StackTrainer(Trainer):
         self._raw: list[dict[str, Tensor]] = []
         self._mark, self._update_skipped = time.perf_counter(), False
         self._probed, self._row = dict[str, float](), dict[str, Any]()
-        about = versions.describe(
-            p, name, attempt, stream.manifest_digest, model.config.to_dict(), folder / "artifacts"
-        )
-        self.saver = Saver(Path(str(args.output_dir)), p.snapshots, about, faults)
-        self.add_callback(Cadence(self.saver))
+        known = stream.manifest_digest, model.config.to_dict(), folder / "artifacts"
+        self.saves(versions.describe(p, name, attempt, *known), faults)
 
     # ---- layout: the mesh is ours, accelerate sees plain processes
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -102,6 +99,7 @@ class StackTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         timed = Timed(epoch_iterator)  # alone: what follows in there waits for the other ranks
         batches, count = super().get_batch_samples(timed, num_batches, device)
+        self.restore_rng()
         self._data_wait = timed.seconds
         return batches, count
 
@@ -259,40 +257,3 @@ class StackTrainer(Trainer):
         dist.broadcast_object_list(told)
         if told[0]:
             schedule.use([*schedule.decisions, *told[0]])
-
-    # ---- checkpoints: written behind the training, complete or not there
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.saver.partial)  # below it Trainer makes checkpoint-N
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """An ordinary Hugging Face folder, gathered from the shards; a checkpoint (internal call) has its own form."""
-        if _internal_call:
-            return
-        self.network.save_pretrained(str(output_dir), is_main_process=self.rank == 0)
-        if self.rank == 0:
-            guard = self.p.retrieval.model_dump(mode="json") | self.retriever.switch.state_dict()
-            write_json(Path(str(output_dir)) / "retriever.json", guard)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step, loss = self.state.global_step, self._row.get("validation_loss")
-        self._write_row()
-        self.rows.flush()
-        self.saver.wait()
-        super()._save_checkpoint(model, trial)
-        self.saver.begin(step, checkpoint.tensors(self.network, self.optimizer.optimizer, self.ema), loss)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The small files; the optimiser goes with the weights."""
-        if self.rank == 0:
-            checkpoint.write(Path(output_dir), self)
-
-    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is None:
-            return
-        versions.check(Path(folder), self.network.config.to_dict())
-        checkpoint.load(Path(folder), self.network, self.optimizer.optimizer, self.ema)
-        checkpoint.read(Path(folder), self)
-        self.guard.forget("TrainRolledBack")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Weights come with the moments, in `_load_optimizer_and_scheduler`: one read of one checkpoint."""
