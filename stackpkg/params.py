@@ -25,13 +25,14 @@ from stackpkg.schema_training import (
     Layout,
     Optimization,
     Retrieval,
+    Snapshots,
     Sweep,
     Training,
 )
 
 __all__ = [
     "Auxiliary", "Cluster", "Data", "Evaluation", "Governance", "Layout", "Optimization", "Retrieval", "Section",
-    "Share", "Source", "Stage", "Sweep", "Training", "Until",
+    "Share", "Snapshots", "Source", "Stage", "Sweep", "Training", "Until",
 ]  # fmt: skip
 
 
@@ -99,6 +100,7 @@ class Params(Section):
     objectives: Objectives = Field(default_factory=Objectives)
     optimization: Optimization = Field(default_factory=Optimization)
     training: Training = Field(default_factory=Training)
+    snapshots: Snapshots = Field(default_factory=Snapshots)
     layout: Layout = Field(default_factory=Layout)
     cluster: Cluster = Field(default_factory=Cluster)
     evaluation: Evaluation = Field(default_factory=Evaluation)

@@ -37,10 +37,19 @@ class Training(Section):
 
     batch_tokens: int = Field(2_048, ge=1, description="tokens per optimiser step over all ranks, in every stage")
     accumulation: int = Field(1, ge=1, le=1_024, description="micro-batches per optimiser step and rank")
-    epoch_steps: int = Field(12, ge=1, description="optimiser steps between two evaluations and snapshots")
-    checkpoint_steps: int = Field(6, ge=1, description="optimiser steps between two checkpoints")
+    epoch_steps: int = Field(12, ge=1, description="optimiser steps between two evaluations")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; master weights are fp32")
     activation_checkpointing: int = Field(0, ge=0, description="recompute every n-th layer in the backward; 0: none")
+
+
+class Snapshots(Section):
+    """When a job writes a checkpoint, behind the training, and which of them stay."""
+
+    every_steps: int = Field(6, ge=1, description="optimiser steps between two checkpoints")
+    every_minutes: float = Field(0.0, ge=0, description="and one when so long after the last; 0: by steps alone")
+    keep_last: int = Field(3, ge=1, description="newest that stay; what the recovery ladder may need stays beside them")
+    keep_every: int = Field(0, ge=0, description="those of steps that are a multiple of it stay for good; 0: none")
+    keep_best: int = Field(1, ge=0, description="of least validation loss that stay, where a step was evaluated")
 
 
 class Layout(Section):
@@ -139,6 +148,9 @@ class Sweep(Section):
     seeds: int = Field(3, ge=1, description="seeds of each finalist, none of which the search saw")
     hot: list[Annotated[float, Field(gt=0)]] = Field(
         [10.0, 30.0, 100.0], description="multiples of the learning rate whose runs are meant to diverge"
+    )
+    min_guardrails: int = Field(
+        1, ge=0, description="alerts whose shipped threshold must lie between runs that diverged and runs that did not"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from data_corpus import corpus, profile
 
 from stackpkg import runs
-from stackpkg.data import curriculum
+from stackpkg.data import curriculum, provenance
 from stackpkg.data.ledger import Ledger
 from stackpkg.data.stream import Stream
 
@@ -90,6 +90,19 @@ def test_a_withdrawn_record_is_in_no_later_step(run: Path) -> None:
     ledger = Ledger(run, "main")
     (victim,) = ledger.stream.schedule.withdrawn
     assert all(item["step"] < 10 for item in ledger.document(victim))
+
+
+def test_what_was_read_and_may_not_be_used_any_more_is_told(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    ledger = Ledger(copy, "main")
+    records = [str(record) for record in ledger.stream.corpus.records]
+    read = next(record for record in records if ledger.document(record))
+    never = next(record for record in records if not ledger.document(record))
+    assert not {read, never} & ledger.overdue(1_000).keys()
+    for record in (read, never):
+        provenance.withdraw(copy / "data/withdrawn.jsonl", record, 2_000, "asked to")
+    assert read not in ledger.overdue(1_999)
+    assert ledger.overdue(2_000).get(read) == "withdrawn" and never not in ledger.overdue(2_000)
 
 
 @pytest.mark.parametrize(("step", "said"), [(-1, r"0\.\.19"), (20, r"0\.\.19")])

@@ -29,7 +29,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     one process, and bf16 with and without FSDP2."""
     folder = tmp_path_factory.mktemp("parity")
     rows = parity.measure(folder, FEW)
-    often, half = {"checkpoint_steps": 2}, {"precision": "bf16"}
+    often, half = {"every_steps": 2}, {"precision": "bf16"}
     first = job("first", support.LAYOUTS["tp2 + ep2"], **often)
     again = job("again", support.LAYOUTS["tp2 + ep2"], "first/checkpoint-2", **often)
     other = job("other", support.LAYOUTS["fsdp2"], "first/checkpoint-2", **often)

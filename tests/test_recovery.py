@@ -146,24 +146,28 @@ def test_spikes_and_a_number_that_is_none_are_counted_apart() -> None:
     assert skipped == [False] * 12 + [True] * 4 + [False] and skips.broken == 0
 
 
+def settle() -> None:
+    """No save is under way."""
+
+
 def test_faults_strike_where_they_are_told_to() -> None:
     model, optimizer = trained()
     clean = [parameter.grad.clone() for parameter in model.parameters()]
     at = {"step": 3, "rank": 1, "attempt": 2, "cursor": 7, "precision": "bf16"}
     fault = {"kind": "nan_gradient", "step": [3, 4], "rank": 1, "attempt": 2, "cursor": 7, "precision": "bf16"}
     for key, other in {"step": 5, "rank": 0, "attempt": 1, "cursor": 6, "precision": "fp32"}.items():
-        inject(fault, model, optimizer, **at | {key: other})
+        inject(fault, model, optimizer, settle, **at | {key: other})
     assert same([parameter.grad for parameter in model.parameters()], clean)
-    inject(fault, model, optimizer, **at)
+    inject(fault, model, optimizer, settle, **at)
     assert sum(int(parameter.grad.isnan().sum()) for parameter in model.parameters()) == 1
-    with pytest.raises(ValueError, match="unknown fault 'bit_flip'; known: kill, nan_gradient"):
-        inject({"kind": "bit_flip", "step": 1}, model, optimizer, **at)
+    with pytest.raises(ValueError, match="unknown fault 'bit_flip'; known: kill, kill_saving, nan_gradient"):
+        inject({"kind": "bit_flip", "step": 1}, model, optimizer, settle, **at)
 
 
 @pytest.mark.parametrize(("kind", "damaged"), [("nan_parameter", "weights"), ("nan_moment", "moments")])
 def test_damage_to_the_state_is_one_number(kind: str, damaged: str) -> None:
     model, optimizer = trained()
-    inject({"kind": kind}, model, optimizer, step=1)
+    inject({"kind": kind}, model, optimizer, settle, step=1)
     bad = {
         "weights": sum(int(p.isnan().sum()) for p in model.parameters()),
         "moments": sum(int(s["exp_avg"].isnan().sum()) for s in optimizer.state.values()),

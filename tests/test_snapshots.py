@@ -1,13 +1,17 @@
-"""Checkpoints are whole or not there; what is promoted has passed its gate, and the registry tells the story."""
+"""Checkpoints are whole or not there, and those that are needed stay."""
 
-import math
-import shutil
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from stackpkg.params import Snapshots
 from stackpkg.runs import digest, read_json, write_json
-from stackpkg.training import snapshots
+from stackpkg.training import recovery, snapshots
 
 
 def checkpoint(home: Path, step: int, marked: bool = True) -> Path:
@@ -78,105 +82,156 @@ def test_nothing_whole_is_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.damaged-*"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("comparison", "good", "bad"),
-    [(">", 1.1, 1.0), (">=", 1.0, 0.9), ("<", 0.9, 1.0), ("<=", 1.0, 1.1), ("==", 1.0, 1.1)],
-)
-def test_the_gate_lets_only_measured_numbers_pass(comparison: str, good: float, bad: float) -> None:
-    limits = {"loss": (comparison, 1.0)}
-    assert snapshots.gate({"loss": good}, limits) == []
-    assert snapshots.gate({"loss": bad}, limits) == [f"loss is {bad:g}, must be {comparison} 1"]
-    # "NaN" is how a NaN stands in strict JSON, None what was not measured
-    for value in (math.nan, "NaN", None):
-        assert snapshots.gate({"loss": value}, limits) == [f"loss is nan, must be {comparison} 1"]
-    assert snapshots.gate({"other": good}, limits) == [f"loss is nan, must be {comparison} 1"]
-
-
-def test_the_gate_names_every_limit_that_was_missed() -> None:
-    limits = {"loss": ("<", 2.0), "precision": (">=", 0.5), "entropy": (">=", 0.2)}
-    assert snapshots.gate({"loss": math.inf, "precision": 0.7}, limits) == [
-        "loss is inf, must be < 2",
-        "entropy is nan, must be >= 0.2",
-    ]
-
-
-@pytest.fixture
-def candidate(tmp_path: Path) -> Path:
-    folder = tmp_path / "final"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights" * 100)
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
-def test_promotions_refusals_and_demotions_are_entered(tmp_path: Path, candidate: Path) -> None:
-    artifacts = tmp_path / "artifacts"
-    assert not snapshots.promote(artifacts, candidate, "v0", {}, ["loss is 9, must be < 2"])
-    assert not (artifacts / "v0").exists() and read_json(artifacts / "registry.json")["current"] is None
-
-    sha = {}
-    for version in ("v1", "v2", "v3"):
-        (candidate / "config.json").write_text(version)
-        assert snapshots.promote(artifacts, candidate, version, {"loss": 1.0}, [])
-        sha[version] = digest(candidate)
-        assert digest(artifacts / version) == sha[version]
-    assert not snapshots.promote(artifacts, candidate, "v4", {}, ["no"])
-    assert read_json(artifacts / "registry.json")["current"] == "v3"  # a refusal leaves the current one alone
-
-    assert snapshots.demote(artifacts, "loss rose in service") == "v2"
-    assert snapshots.demote(artifacts, "so does this one") == "v1"
-    assert snapshots.demote(artifacts, "and this one") is None
-    registry = read_json(artifacts / "registry.json")
-    assert registry["current"] is None and (artifacts / "v3").exists()
-    told = [(entry["event"], entry["version"]) for entry in registry["history"]]
-    assert told == [
-        ("refused", "v0"), ("promoted", "v1"), ("promoted", "v2"), ("promoted", "v3"), ("refused", "v4"),
-        ("demoted", "v3"), ("demoted", "v2"), ("demoted", "v1"),
-    ]  # fmt: skip
-    assert registry["history"][0]["missed"] == ["loss is 9, must be < 2"]
-    assert [entry.get("sha256") for entry in registry["history"][1:4]] == list(sha.values())
-    assert registry["history"][5]["reason"] == "loss rose in service"
-
-
-def test_a_version_that_comes_back_can_be_returned_to(tmp_path: Path, candidate: Path) -> None:
-    artifacts = tmp_path / "artifacts"
-    for version in ("v1", "v2"):
-        snapshots.promote(artifacts, candidate, version, {}, [])
-    assert snapshots.demote(artifacts, "looked bad") == "v1"
-    for version in ("v2", "v3"):  # the alarm was false
-        snapshots.promote(artifacts, candidate, version, {}, [])
-    assert snapshots.demote(artifacts, "is bad") == "v2"
-    assert snapshots.demote(artifacts, "is bad too") == "v1"
-
-
-def test_an_interrupted_copy_leaves_the_version_that_was_there(tmp_path: Path, candidate: Path, monkeypatch) -> None:
-    artifacts = tmp_path / "artifacts"
-    snapshots.promote(artifacts, candidate, "v1", {}, [])
-    first = digest(artifacts / "v1")
-    (candidate / "config.json").write_text("newer")
-
-    def full(source: str, target: str, **_: object) -> None:
-        if target.endswith(".safetensors"):
-            raise OSError(28, "No space left on device")
-        shutil.copyfile(source, target)
-
-    copytree = shutil.copytree
-    monkeypatch.setattr(shutil, "copytree", lambda *given: copytree(*given, copy_function=full))
-    for version in ("v1", "v2"):
-        with pytest.raises((OSError, shutil.Error)):
-            snapshots.promote(artifacts, candidate, version, {}, [])
-    assert digest(artifacts / "v1") == first and not (artifacts / "v2").exists()
-    assert len(read_json(artifacts / "registry.json")["history"]) == 1
-    monkeypatch.undo()
-    for version in ("v1", "v2"):  # what was left of the copy is in nobody's way
-        assert snapshots.promote(artifacts, candidate, version, {}, [])
-        assert digest(artifacts / version) == digest(candidate)
-    assert sorted(path.name for path in artifacts.iterdir()) == ["registry.json", "v1", "v2"]
-
-
 def test_a_marker_counts_all_files_and_not_itself(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 7)
     marker = read_json(folder / snapshots.MARKER)
     assert marker["step"] == 7 and set(marker["files"]) == {"dcp/__0_0.distcp", "state.pt"}
     write_json(folder / "extra.json", {})  # a file that came later harms nobody
     assert snapshots.problems(folder) == []
+
+
+# --- a save that is broken off
+
+
+def begun(home: Path, step: int) -> Path:
+    return checkpoint(home / snapshots.PARTIAL, step, marked=False)
+
+
+def test_a_published_checkpoint_is_whole_and_what_was_there_is_kept(tmp_path: Path) -> None:
+    first = snapshots.publish(begun(tmp_path, 3), 3)
+    assert first == tmp_path / "checkpoint-3" and snapshots.problems(first) == []
+    again = snapshots.publish(begun(tmp_path, 3), 3)
+    assert again == first and len(list(tmp_path.glob("checkpoint-3.replaced-*"))) == 1
+
+
+def test_what_a_broken_off_save_left_is_removed_and_told(tmp_path: Path) -> None:
+    whole = snapshots.publish(begun(tmp_path, 3), 3)
+    begun(tmp_path, 6)
+    assert snapshots.latest(tmp_path) == (whole, ["checkpoint-6: saving was broken off; removed"])
+    assert not (tmp_path / snapshots.PARTIAL).exists()
+
+
+def dies_at(number: int, act: Callable[[], object]) -> bool:
+    """Do `act` in a child that is killed right before its `number`-th change of the disk; whether it came to an end."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    left = [number]
+
+    def counted(function: Callable) -> Callable:
+        def call(*given: object, **more: object) -> object:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **more)
+
+        return call
+
+    for owner, names in {os: ("fsync", "unlink", "rmdir"), Path: ("rename", "replace", "write_text", "mkdir")}.items():
+        for name in names:
+            setattr(owner, name, counted(getattr(owner, name)))
+    try:
+        act()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def test_a_kill_at_any_moment_leaves_the_whole_checkpoint_or_none_that_is_used(tmp_path: Path) -> None:
+    """Publish and prune, killed before each thing they do to the disk; the newest whole one is the old or the new."""
+    keep, seen = Snapshots(keep_last=1, keep_best=0), []
+    for number in range(1, 100):
+        home = tmp_path / str(number)
+        for step in (1, 5):
+            snapshots.publish(begun(home, step), step)
+        partial = begun(home, 9)
+        ended = dies_at(number, lambda partial=partial, home=home: (
+            snapshots.publish(partial, 9), snapshots.prune(home, keep)
+        ))  # fmt: skip
+        found, complaints = snapshots.latest(home)
+        assert found and snapshots.problems(found) == [], complaints
+        assert not list(home.glob("*.damaged-*")), "a kill is no damage"
+        seen.append(int(found.name[11:]))
+        if ended:
+            break
+    assert ended and len(seen) > 8, "the kills did not reach the end"
+    assert seen == sorted(seen) and {*seen} == {5, 9}
+    assert list(snapshots.listed(home)) == [5, 9], "5 is the newest before a fault that could still come"
+
+
+# --- retention
+
+
+def test_what_stays(tmp_path: Path) -> None:
+    losses = {30: 2.0, 60: 1.0, 90: 1.5, 120: float("nan")}
+    stay = snapshots.retained(range(10, 160, 10), losses, Snapshots(keep_last=2, keep_every=50, keep_best=2), [70])
+    assert stay == {140, 150, 50, 100, 60, 90, 70}
+    assert snapshots.retained([8, 9, 10, 11, 12], {}, Snapshots(keep_last=1, keep_best=0), []) == {9, 10, 11, 12}
+    assert snapshots.retained([], {1: 1.0}, Snapshots(), [1]) == set()
+
+
+POLICY = st.builds(
+    Snapshots, keep_last=st.integers(1, 5), keep_every=st.integers(0, 20), keep_best=st.integers(0, 3),
+)  # fmt: skip
+STEPS = st.sets(st.integers(1, 200), max_size=30)
+LOSSES = st.dictionaries(st.integers(1, 200), st.one_of(st.floats(0, 20), st.just(float("nan"))), max_size=15)
+
+
+@given(STEPS, LOSSES, POLICY, STEPS, st.data())
+def test_nothing_that_is_needed_goes(steps: set[int], losses: dict, keep: Snapshots, promoted: set[int], data) -> None:
+    stay = snapshots.retained(steps, losses, keep, promoted)
+    assert stay <= steps and promoted & steps <= stay
+    assert {*sorted(steps)[-keep.keep_last :]} <= stay
+    assert not keep.keep_every or {step for step in steps if step % keep.keep_every == 0} <= stay
+    told = sorted(loss for step, loss in losses.items() if step in steps and loss == loss)
+    assert (
+        sorted(losses[step] for step in stay if losses.get(step, float("nan")) == losses.get(step))[: keep.keep_best]
+        == told[: keep.keep_best]
+    )
+    if steps:  # wherever the ladder wants to go back to from the steps that come next, it is there
+        fault = (
+            max(steps) + data.draw(st.integers(1, 8)) - data.draw(st.integers(0, recovery.MAX_CONSECUTIVE_SKIPS - 1))
+        )
+        assert max((s for s in stay if s < fault), default=0) == max((s for s in steps if s < fault), default=0)
+
+
+@given(STEPS, LOSSES, POLICY)
+def test_keeping_again_changes_nothing(steps: set[int], losses: dict, keep: Snapshots) -> None:
+    stay = snapshots.retained(steps, losses, keep, ())
+    assert snapshots.retained(stay, losses, keep, ()) == stay
+    bound = (
+        keep.keep_last
+        + 1
+        + keep.keep_best
+        + (len([s for s in steps if s % keep.keep_every == 0]) if keep.keep_every else 0)
+    )
+    assert len(stay) <= bound
+
+
+def test_prune_reads_losses_and_promotions_from_the_checkpoints(tmp_path: Path) -> None:
+    for step, loss in {2: 3.0, 4: None, 6: 1.0, 8: "NaN", 10: 2.0, 12: None, 14: None}.items():
+        folder = begun(tmp_path, step)
+        write_json(folder / snapshots.MANIFEST, {"validation_loss": loss})
+        snapshots.publish(folder, step)
+    write_json(tmp_path / snapshots.PROMOTED, {"4": "v1"})
+    (tmp_path / "checkpoint-8.damaged-x").mkdir()
+    unmark(tmp_path / "checkpoint-2")  # nobody knows what it is
+    assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == [8]
+    assert list(snapshots.listed(tmp_path)) == [2, 4, 6, 10, 12, 14] and not list((tmp_path / ".saving").iterdir())
+    assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == []
+
+
+def test_a_file_is_carried_to_another_checkpoint(tmp_path: Path) -> None:
+    source, target = checkpoint(tmp_path / "one", 4), checkpoint(tmp_path / "other", 6)
+    before, (mine, theirs) = digest(target), ((folder / "state.pt").read_bytes() for folder in (source, target))
+    assert mine != theirs
+    made = snapshots.carry("state.pt", source, target)
+    assert made == target and snapshots.problems(made) == [] and read_json(made / snapshots.MARKER)["step"] == 6
+    assert (made / "state.pt").read_bytes() == mine
+    (aside,) = tmp_path.glob("other/checkpoint-6.replaced-*")
+    assert digest(aside) == before, "the shards are shared, the one set aside is as it was"
+    with pytest.raises(ValueError, match=r"checkpoint-4 has no file router.pt; it has dcp/__0_0.distcp, state.pt"):
+        snapshots.carry("router.pt", source, target)
+    flip(source)
+    with pytest.raises(ValueError, match=r"only whole checkpoints .*: checkpoint-4/dcp/__0_0.distcp: changed"):
+        snapshots.carry("state.pt", source, target)

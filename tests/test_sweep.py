@@ -98,7 +98,7 @@ def test_a_variant_multiplies_and_runs_in_one_process() -> None:
     assert made.objectives.contrastive == pytest.approx(0.25 * P.objectives.contrastive)
     assert made.objectives.load_balance == P.objectives.load_balance
     assert (made.layout.processes, made.layout.nodes, made.layout.fsdp) == (1, 1, 1)
-    assert made.training.epoch_steps == made.training.checkpoint_steps == 2 and made.optimization.warmup_steps == 4
+    assert made.training.epoch_steps == made.snapshots.every_steps == 2 and made.optimization.warmup_steps == 4
     assert made.optimization.floor == P.optimization.floor and made.seed == P.seed
     slow = sweep.variant(P, {"optimization.learning_rate": 0.3}, seed=99)
     assert slow.optimization.floor == slow.optimization.learning_rate == pytest.approx(3e-4)  # never above the peak

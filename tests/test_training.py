@@ -75,7 +75,8 @@ def profile(processes: int, accumulation: int = 1, **model: Any) -> Params:
         },
         "model": model or {"config": STACK | {"hidden_size": 32}},
         "optimization": {"learning_rate": 3e-3, "warmup_steps": 1, "floor": 3e-4, "ema_decay": 0.9},
-        "training": {"batch_tokens": TOKENS, "accumulation": accumulation, "epoch_steps": 3, "checkpoint_steps": 2},
+        "training": {"batch_tokens": TOKENS, "accumulation": accumulation, "epoch_steps": 3},
+        "snapshots": {"every_steps": 2},
         "layout": {"processes": processes, "fsdp": processes, "restarts": 1, "timeout_minutes": 4},
         "evaluation": {"rows": 2, "pairs": 8},
     }
@@ -343,7 +344,7 @@ def test_retrieval_is_switched_off_by_its_alert_and_stays_off_in_the_checkpoint_
     alerts = [json.loads(line) for line in (lab.path / "telemetry/deaf.alerts.jsonl").read_text().splitlines()]
     assert [a["step"] for a in alerts if a["action"] == "retrieval_off"] == [3]
     home = lab.path / "checkpoints/deaf"
-    kept = [torch.load(home / f"checkpoint-{step}/state.pt", weights_only=True)["switch"]["on"] for step in (2, 4)]
+    kept = [read_json(home / f"checkpoint-{step}/retriever.json")["on"] for step in (2, 4)]
     assert kept == [True, False] and not read_json(home / "final/retriever.json")["on"]
     assert read_json(lab.path / "checkpoints/narrow/final_ema/retriever.json")["on"]
     assert history(lab, "deaf").rejected_trust.tolist() == [report["guard"]["rejected"]["trust"] for report in reports]

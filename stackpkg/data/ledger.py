@@ -8,6 +8,7 @@ import numpy as np
 
 from stackpkg import params, runs
 from stackpkg.data import curriculum
+from stackpkg.data.provenance import withdrawals_due
 from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import RATES, Stream
 
@@ -27,10 +28,8 @@ class Ledger:
         for file, sha in job["data"].items():
             if runs.digest(run / "data" / file) != sha:
                 raise ValueError(f"{name} was trained on {file} {sha[:16]}, this is another: roll back to it first")
-        self.steps = int(job["steps"])
-        self.stream = Stream(
-            run / "data", params.validate(job["params"]), curriculum.decisions(home / "decisions.jsonl")
-        )
+        self.steps, self.p = int(job["steps"]), params.validate(job["params"])
+        self.stream = Stream(run / "data", self.p, curriculum.decisions(home / "decisions.jsonl"))
 
     def step(self, step: int) -> list[dict[str, Any]]:
         """What was in optimiser step `step` (from 0): a dict for each document, filler, task and labelled item."""
@@ -93,3 +92,9 @@ class Ledger:
             if step is not None and step < self.steps and i < gone:
                 found.add((step, use))
         return [{"step": step, "use": use} for step, use in sorted(found)]
+
+    def overdue(self, by: int) -> dict[str, str]:
+        """record_id -> why, of the records that the job read and that may not be used any more at `by` (unix seconds):
+        withdrawn, or past their time-to-live."""
+        due = withdrawals_due(self.stream.corpus.folder, self.p.data, by)
+        return {record: why for record, why in due.items() if self.document(record)}

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 
 from stackpkg import runs
 from stackpkg.params import Params, Section
-from stackpkg.training.snapshots import COMPARE
+from stackpkg.training.promotion import COMPARE
 
 
 class Check(Section):

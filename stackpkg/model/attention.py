@@ -69,18 +69,28 @@ class SelfAttention(Projections):
         """x [b, L, hidden] -> output of the same shape, `statistics` if `measure`, and, with `scopes`, the probability
         [b, L, heads] on edges that they forbid. `layouts` by pattern; None asks for linear attention.
         """
-        q, raw, v = self.project(x, x)
-        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(raw), *rotation)
-        if layouts is None:
-            out, mass, found = self.linearised(q, k, v, document, scopes, measure)
-        else:
-            out, mass, found = self.windowed(q, k, raw, v, layouts[self.pattern], measure)
+        if layouts is not None:
+            return self.windowed(x, rotation, layouts[self.pattern], measure)
+        q, k, _, v = self.rotated(x, *rotation)
+        out, mass, found = self.linearised(q, k, v, document, scopes, measure)
         return self.o_proj(out.flatten(2)), found, mass
 
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries and keys at their positions, keys before, and values, each [b, L, heads, head_dim]."""
+        q, raw, v = self.project(x, x)
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(raw), cos, sin), raw, v
+
     def windowed(
-        self, q: Tensor, k: Tensor, raw: Tensor, v: Tensor, layout: Layout, measure: bool
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor] | None]:
-        cut, levels, (batch, length, _, d) = layout.cut, layout.pyramid, q.shape
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, measure: bool
+    ) -> tuple[Tensor, dict[str, Tensor] | None, Tensor | None]:
+        """Part by part, from the projection in to the projection out: what is made on the way stays in the cache of a
+        processor, so that a token costs much the same in a long row as in a short one.
+        """
+        cut, levels, (batch, length, _), d = layout.cut, layout.pyramid, x.shape, self.config.head_dim
+        tokens = cut.tokens(length)
+        made = [self.rotated(*part) for part in zip(*(t.split(tokens, 1) for t in (x, *rotation)), strict=True)]
+        q, *whole = zip(*made, strict=True)
+        k, raw, v = (torch.cat(parts, 1) for parts in whole)
         scores = raw.new_zeros(batch, length, 1) if self.config.summary_pooling == "mean" else None
         if self.config.summary_pooling == "attention":
             scores = self.pool(self.k_norm(raw))[..., 0]
@@ -89,7 +99,7 @@ class SelfAttention(Projections):
             rotate(self.k_norm(pool(raw, scores, levels.mates)), *layout.rotation),
             pool(v, scores, levels.mates),
         )
-        queries = [part.flatten(0, 2).transpose(1, 2) for part in cut.split(q)]
+        queries = [cut.chunks(part).flatten(0, 2).transpose(1, 2) for part in q]
         keys, values = cut.keys(k, far_k, levels.chosen), cut.keys(v, far_v, levels.chosen)
         found = statistics(self.config, self.pattern, queries, keys, layout, k, v) if measure else None
         if layout.classes is not None:
@@ -99,14 +109,13 @@ class SelfAttention(Projections):
                 for part, more in zip(values, layout.classes, strict=True)
             ]
             queries, keys = ([F.pad(part, (0, classes)) for part in parts] for parts in (queries, keys))
-        parts = [
-            F.scaled_dot_product_attention(*part, scale=d**-0.5, enable_gqa=True)
-            for part in zip(queries, keys, values, layout.masks, strict=True)
-        ]
-        out = cut.join(parts, batch, length)
-        if layout.forbidden is None:
-            return out, None, found
-        return out[..., :d].contiguous(), (out[..., d:] * layout.forbidden).sum(-1), found
+        outputs, masses = [], []
+        for part, count in zip(zip(queries, keys, values, layout.masks, strict=True), tokens, strict=True):
+            out = cut.join(F.scaled_dot_product_attention(*part, scale=d**-0.5, enable_gqa=True), batch, count)
+            masses.append(out[..., d:])
+            outputs.append(self.o_proj(out[..., :d].flatten(2).contiguous()))  # DTensor needs it
+        mass = None if layout.forbidden is None else (torch.cat(masses, 1) * layout.forbidden).sum(-1)
+        return torch.cat(outputs, 1), found, mass
 
     def linearised(
         self, q: Tensor, k: Tensor, v: Tensor, document: Tensor, scopes: Scopes | None, measure: bool

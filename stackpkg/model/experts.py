@@ -9,6 +9,8 @@ from transformers.integrations import use_experts_implementation
 
 from stackpkg.model.configuration import StackConfig
 
+EACH = 512  # tokens that an expert gets of a part, on average: enough to be busy, few enough to stay in a cache
+
 
 @use_experts_implementation
 class Experts(nn.Module):
@@ -61,7 +63,10 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.gate, self.experts = Router(config), Experts(config)
+        self.part = EACH * config.num_experts // config.num_experts_per_tok  # tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        _, weights, chosen = self.gate(x.flatten(0, 1))
-        return self.experts(x.flatten(0, 1), chosen, weights).view_as(x)
+        flat = x.flatten(0, 1)
+        _, weights, chosen = self.gate(flat)
+        parts = zip(*(t.split(self.part) for t in (flat, chosen, weights)), strict=True)
+        return torch.cat([self.experts(*part) for part in parts]).view_as(x)

@@ -47,12 +47,21 @@ class Cut(NamedTuple):
         alone, many = min(self.before, chunks), max(1, PART // (self.chunk * self.dilation))
         return [1] * alone + [min(many, chunks - first) for first in range(alone, chunks, many)]
 
-    def split(self, t: Tensor, fill: int = 0) -> tuple[Tensor, ...]:
-        """[b, L, ...] -> [b, dilation, chunks, chunk, ...] of each part."""
+    def tokens(self, length: int) -> list[int]:
+        """Tokens of each part of a row."""
         span = self.chunk * self.dilation
-        padded = F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % span), value=fill)
-        chunks = padded.unflatten(1, (-1, self.chunk, self.dilation)).movedim(3, 1)
-        return chunks.split(self.sizes(chunks.shape[2]), 2)
+        *whole, last = (span * size for size in self.sizes(-(-length // span)))
+        return [*whole, last - -length % span]
+
+    def chunks(self, part: Tensor, fill: int = 0) -> Tensor:
+        """[b, tokens, ...] of a part, padded at its end -> [b, dilation, chunks, chunk, ...]."""
+        missing = -part.shape[1] % (self.chunk * self.dilation)
+        padded = F.pad(part, (0, 0) * (part.dim() - 2) + (0, missing), value=fill) if missing else part
+        return padded.unflatten(1, (-1, self.chunk, self.dilation)).movedim(3, 1)
+
+    def split(self, t: Tensor, fill: int = 0) -> list[Tensor]:
+        """[b, L, ...] -> `chunks` of each part."""
+        return [self.chunks(part, fill) for part in t.split(self.tokens(t.shape[1]), 1)]
 
     def near(self, t: Tensor, fill: int = 0) -> list[list[Tensor]]:
         """As `split`, but each part is what its chunks read, a list of up to `before` + 1: before, and themselves."""
@@ -75,10 +84,10 @@ class Cut(NamedTuple):
         joined = (torch.cat((*local, part), 3) for local, part in zip(self.near(near), parts, strict=True))
         return [part.flatten(0, 2).transpose(1, 2) for part in joined]
 
-    def join(self, parts: list[Tensor], batch: int, length: int) -> Tensor:
-        """[n, heads, chunk, d] of each part -> [b, L, heads, d], contiguous."""
-        out = torch.cat([part.transpose(1, 2).unflatten(0, (batch, self.dilation, -1)) for part in parts], 2)
-        return out.movedim(1, 3).flatten(1, 3)[:, :length].contiguous()
+    def join(self, part: Tensor, batch: int, tokens: int) -> Tensor:
+        """[n, heads, chunk, d] of a part -> [b, tokens, heads, d]."""
+        out = part.transpose(1, 2).unflatten(0, (batch, self.dilation, -1))
+        return out.movedim(1, 3).flatten(1, 3)[:, :tokens]
 
 
 class Layout(NamedTuple):

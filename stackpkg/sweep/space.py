@@ -69,7 +69,8 @@ def variant(p: Params, factors: dict[str, float], seed: int | None = None) -> Pa
     values = apply(p, overlay(p, factors)).model_dump()
     o = values["optimization"]
     o["warmup_steps"] = min(round(o["warmup_steps"] * steps / p.max_steps), steps // 2)
-    values["training"] |= {"epoch_steps": rung(p), "checkpoint_steps": rung(p)}
+    values["training"] |= {"epoch_steps": rung(p)}
+    values["snapshots"] |= {"every_steps": rung(p)}
     values["layout"] |= {"processes": 1, "nodes": 1, "fsdp": 1, "tp": 1, "ep": 1}
     values |= {
         "sweep": {"steps": steps},

@@ -1,14 +1,18 @@
-"""A distributed checkpoint of weights, moments and average, which any layout can load, and a few scalars beside it."""
+"""What a checkpoint holds: weights, moments and average as one distributed checkpoint, which any layout can load, and
+small files beside it: of the run's progress, of the routers and of the retriever, the last two with versions of theirs.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,7 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers.distributed.checkpoint import _redistribute_state_dict
 
+from stackpkg.evaluation.retrieval import Retriever
+from stackpkg.objectives import Composer, routing
+from stackpkg.runs import read_json
+from stackpkg.telemetry.guard import Guard
 from stackpkg.training.ema import ShardedEMA
+from stackpkg.training.recovery import Skips
+from stackpkg.training.versions import RETRIEVER, RETRIEVER_FILE, ROUTER, ROUTER_FILE, compatible
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -28,17 +38,13 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ShardedEMA
     return {"model": get_model_state_dict(model), "optimizer": moments, "ema": ema.shadow}
 
 
-def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ShardedEMA, scalars: dict[str, Any]
-) -> None:
-    """A collective: every rank writes its shards to `folder/dcp`, rank 0 the scalars to `folder/state.pt`."""
-    dcp.save(_redistribute_state_dict(_tensors(model, optimizer, ema)), checkpoint_id=folder / "dcp")
-    if dist.get_rank() == 0:
-        torch.save(scalars, folder / "state.pt")
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ShardedEMA) -> dict[str, Any]:
+    """A collective: this rank's parts of all that is large, as `dcp` saves them; not copied."""
+    return _redistribute_state_dict(_tensors(model, optimizer, ema))
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ShardedEMA) -> dict[str, Any]:
-    """A collective: fill model, optimiser and average in place, resharding where the layout differs; the scalars."""
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ShardedEMA) -> None:
+    """A collective: fill model, optimiser and average in place, resharding where the layout differs."""
     reference = _tensors(model, optimizer, ema)
     state = _redistribute_state_dict(reference)
     dcp.load(state, checkpoint_id=folder / "dcp")
@@ -46,7 +52,81 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: 
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
     ema.load(state["ema"])
-    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def write_router(folder: Path, composer: Composer) -> None:
+    """`router.safetensors`: running usage [layers, experts], the sums of the bandit, choice biases; fp64 where summed.
+    For rank 0, which has what all ranks have."""
+    state = composer.state_dict()
+    found = {f"bandit.{name}": value for name, value in state["bandit"].items()} | {"usage": state["usage"]}
+    for number, router in enumerate(composer.routers):
+        if isinstance(bias := getattr(router, routing.BIAS, None), Tensor):
+            found[f"bias.{number}"] = bias.detach().cpu()
+    about = {"version": ROUTER, "steps": str(state["steps"])}
+    save_file({name: value.contiguous() for name, value in found.items()}, folder / ROUTER_FILE, about)
+
+
+def read_router(folder: Path, composer: Composer) -> None:
+    """Take over what `write_router` wrote. Raises `ValueError` for another major version, or another number of layers
+    or experts."""
+    with safe_open(folder / ROUTER_FILE, "pt") as file:
+        about = file.metadata()
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    compatible(folder / ROUTER_FILE, about["version"], ROUTER)
+    sums = {name.removeprefix("bandit."): value for name, value in found.items() if name.startswith("bandit.")}
+    composer.load_state_dict({"steps": int(about["steps"]), "usage": found["usage"], "bandit": sums})
+    for number, router in enumerate(composer.routers):
+        if router is not None and f"bias.{number}" in found:  # None: in another stage
+            getattr(router, routing.BIAS).copy_(found[f"bias.{number}"])
+
+
+def write_retriever(folder: Path, retriever: Retriever) -> None:
+    """`retriever.json`: the switch and the threshold sigma_min that it was last calibrated to."""
+    about = {"version": RETRIEVER, **retriever.switch.state_dict()}
+    (folder / RETRIEVER_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def read_retriever(folder: Path, retriever: Retriever) -> None:
+    """Take over what `write_retriever` wrote. Raises `ValueError` for another major version."""
+    about = read_json(folder / RETRIEVER_FILE)
+    compatible(folder / RETRIEVER_FILE, about.pop("version"), RETRIEVER)
+    retriever.switch.load_state_dict(about)
+
+
+class Kept(Protocol):
+    """What spans steps, beside what is large."""
+
+    lr_scheduler: Any
+    composer: Composer
+    ema: ShardedEMA
+    skips: Skips
+    guard: Guard
+    retriever: Retriever
+
+
+def write(folder: Path, kept: Kept) -> None:
+    """The small files, for rank 0; what each rank must flush itself it writes itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scalars = {
+        "scheduler": kept.lr_scheduler.state_dict(),
+        "ema_updates": kept.ema.updates,
+        "skips": kept.skips.state_dict(),
+        "guard": json.dumps(kept.guard.state_dict()),
+    }
+    torch.save(scalars, folder / "state.pt")
+    write_router(folder, kept.composer)
+    write_retriever(folder, kept.retriever)
+
+
+def read(folder: Path, kept: Kept) -> None:
+    """Take over what `write` wrote, on every rank."""
+    scalars = torch.load(folder / "state.pt", weights_only=True)
+    restore(kept.lr_scheduler, scalars["scheduler"])
+    kept.ema.resume(scalars["ema_updates"])
+    kept.skips.load_state_dict(scalars["skips"])
+    kept.guard.load_state_dict(json.loads(scalars["guard"]))
+    read_router(folder, kept.composer)
+    read_retriever(folder, kept.retriever)
 
 
 def restore(scheduler: Any, state: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from stackpkg.training import clusters, support
 from stackpkg.training.stop import Stopped, stopped
 
 TETHER, WORKER = "stackpkg.training.tether", "stackpkg.training.worker"
-WHERE = ("layout", "cluster", "sweep", "governance")  # sections of a profile that change nothing of what is computed
+# sections of a profile that change nothing of what is computed
+WHERE = ("layout", "cluster", "snapshots", "sweep", "governance")
 DIAGNOSIS = "diagnosis.json"  # what the end of the recovery ladder leaves
 FOLDERS = ("checkpoints", "telemetry", "eval")
 

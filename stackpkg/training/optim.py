@@ -39,7 +39,7 @@ def training_arguments(p: Params, output: Path, steps: int) -> dict[str, Any]:
         "eval_strategy": "steps",
         "eval_steps": t.epoch_steps,
         "save_strategy": "steps",
-        "save_steps": t.checkpoint_steps,
+        "save_steps": p.snapshots.every_steps,
         "logging_steps": 1,
         # The default hides a NaN: it logs the running average in its place (transformers 5.23).
         "logging_nan_inf_filter": False,

@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
 DENSE = ("llama", "qwen3")
 
 
-def profile(model: str, sizes: dict[str, Any], **training: Any) -> Params:
+def profile(model: str, sizes: dict[str, Any], every_steps: int = STEPS, **training: Any) -> Params:
     """All objectives of the default profile from the first step on, in two micro-batches."""
     config = MODELS[model]
     stack = {"kind": "stack", "config": config}
@@ -78,8 +78,8 @@ def profile(model: str, sizes: dict[str, Any], **training: Any) -> Params:
         "model": stack if model == "stackpkg" else auto,
         "objectives": ramps,
         "optimization": {"learning_rate": 1e-3, "warmup_steps": 1, "floor": 1e-4, "ema_decay": 0.9},
-        "training": {"batch_tokens": 1024, "accumulation": 2, "epoch_steps": STEPS, "checkpoint_steps": STEPS}
-                    | training,
+        "training": {"batch_tokens": 1024, "accumulation": 2, "epoch_steps": STEPS} | training,
+        "snapshots": {"every_steps": every_steps},
         "layout": {"processes": 1, "fsdp": 1} | sizes,
         "evaluation": {"rows": 2, "pairs": 8},
     }  # fmt: skip

@@ -1,22 +1,51 @@
-"""Snapshots: complete or not there, verified before use; and the gate that decides what is promoted."""
+"""Snapshots on disk: complete or not there, verified before use; which of them stay."""
 
 from __future__ import annotations
 
-import operator
+import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from stackpkg.params import Snapshots
 from stackpkg.runs import digest, files_below, now, read_json, write_json
+from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS
 
-MARKER = "complete.json"
-COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
+MARKER, MANIFEST = "complete.json", "manifest.json"
+PARTIAL = ".saving"  # what is being written lies in here, and counts for nothing
+PROMOTED = "promoted.json"  # step -> version of the snapshots that were promoted: these stay
+
+
+def flush(path: Path) -> None:
+    """To the disk itself: the contents of a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def complete(checkpoint: Path, step: int) -> None:
-    """Write the marker, last of all files: from here on the checkpoint counts."""
-    files = {path.relative_to(checkpoint).as_posix(): digest(path) for path in files_below(checkpoint)}
+    """Write the marker, last of all files, when all of them are on disk: from here on the checkpoint counts."""
+    files = {}
+    for path in files_below(checkpoint):
+        flush(path)
+        files[path.relative_to(checkpoint).as_posix()] = digest(path)
     write_json(checkpoint / MARKER, {"step": step, "at": now(), "files": files})
+    for folder in {path.parent for path in files_below(checkpoint)}:
+        flush(folder)
+
+
+def publish(partial: Path, step: int) -> Path:
+    """Complete `HOME/.saving/checkpoint-N` and move it to `HOME/checkpoint-N` in one act. Returns where it is then."""
+    complete(partial, step)
+    home = partial.parents[1]
+    target = home / partial.name
+    if target.exists():
+        _set_aside(target, "replaced")
+    partial.rename(target)
+    flush(home)
+    return target
 
 
 def problems(checkpoint: Path) -> list[str]:
@@ -33,68 +62,78 @@ def problems(checkpoint: Path) -> list[str]:
     return found
 
 
-def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a launch, and the problems of newer ones, which are set aside, not deleted."""
-    complaints: list[str] = []
-    candidates = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    for checkpoint in sorted(candidates, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+def listed(home: Path) -> dict[int, Path]:
+    """Step -> checkpoint, in order; those set aside and those being written are none."""
+    found = {path.name.partition("-")[2]: path for path in home.glob("checkpoint-*")}
+    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
+
+
+def _set_aside(checkpoint: Path, why: str) -> None:
+    checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.{why}-{now().replace(':', '')}"))
+
+
+def latest(home: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a job that is not running, and the problems of newer ones, which are set aside,
+    not deleted. What a save left that was broken off is removed: nothing of it was ever promised."""
+    complaints = [f"{path.name}: saving was broken off; removed" for path in (home / PARTIAL).glob("checkpoint-*")]
+    shutil.rmtree(home / PARTIAL, ignore_errors=True)
+    for checkpoint in reversed(listed(home).values()):
         bad = problems(checkpoint)
         if not bad:
             return checkpoint, complaints
         complaints += bad
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{now().replace(':', '')}")
-        checkpoint.rename(aside)
+        _set_aside(checkpoint, "damaged")
     return None, complaints
 
 
-def gate(values: dict[str, Any], limits: dict[str, tuple[str, float]]) -> list[str]:
-    """The limits a candidate missed, one line each; empty means it may be promoted.
+def carry(name: str, source: Path, target: Path) -> Path:
+    """Give the checkpoint `target` the file `name` of the checkpoint `source`, such as the state of its routers: made
+    anew and whole in its place; what was there is set aside. Returns it. For a job that is not running.
 
-    `limits` maps a name to (comparison, limit). A value that is missing, null or not a number misses its limit.
+    Raises `ValueError` where one of them is not whole or `source` has no such file.
     """
-    missed = []
-    for name, (comparison, limit) in limits.items():
-        given = values.get(name)
-        value = float("nan") if given is None else float(given)  # strict JSON holds "NaN" as a string
-        if not COMPARE[comparison](value, limit):  # false for NaN as well
-            missed.append(f"{name} is {value:g}, must be {comparison} {limit:g}")
-    return missed
+    if bad := [*problems(source), *problems(target)]:
+        raise ValueError(f"only whole checkpoints carry and are carried to: {'; '.join(bad)}")
+    if name not in read_json(source / MARKER)["files"]:
+        allowed = ", ".join(read_json(source / MARKER)["files"])
+        raise ValueError(f"{source.name} has no file {name}; it has {allowed}")
+    partial = target.parent / PARTIAL / target.name
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(target, partial, copy_function=os.link)
+    for changed in (name, MARKER):
+        (partial / changed).unlink(missing_ok=True)
+    shutil.copy2(source / name, partial / name)
+    return publish(partial, read_json(target / MARKER)["step"])
 
 
-def _registry(artifacts: Path) -> dict[str, Any]:
-    path = artifacts / "registry.json"
-    return read_json(path) if path.exists() else {"current": None, "history": []}
+def retained(steps: Iterable[int], losses: Mapping[int, float], keep: Snapshots, promoted: Iterable[int]) -> set[int]:
+    """Which of the whole checkpoints at `steps` stay: the last, every n-th, the best by validation loss where the step
+    was evaluated (`losses`; one that is not a number is never best), what was promoted, and what a job can't do
+    without: the newest before any fault that the recovery ladder can still go back from."""
+    have = sorted(steps)
+    if not have:
+        return set()
+    # an update after have[-1] ends a fault, which began up to MAX_CONSECUTIVE_SKIPS - 1 steps before it
+    sound = [step for step in have if step <= have[-1] + 1 - MAX_CONSECUTIVE_SKIPS]
+    near = have[len(sound) :]
+    ranked = sorted((loss, -step) for step, loss in losses.items() if step in have and loss == loss)
+    stay = {*have[-keep.keep_last :], *sound[-1:], *near, *(-step for _, step in ranked[: keep.keep_best])}
+    stay |= {step for step in have if keep.keep_every and step % keep.keep_every == 0}
+    return stay | (set(promoted) & set(have))
 
 
-def _enter(artifacts: Path, event: dict[str, Any], current: str | None) -> dict[str, Any]:
-    registry = _registry(artifacts)
-    registry = {"current": current, "history": [*registry["history"], {**event, "at": now()}]}
-    write_json(artifacts / "registry.json", registry)
-    return registry
-
-
-def promote(artifacts: Path, candidate: Path, version: str, values: dict[str, float], missed: list[str]) -> bool:
-    """Copy `candidate` to `artifacts/<version>/` and make it current, or enter the refusal and its reasons."""
-    if missed:
-        _enter(artifacts, {"event": "refused", "version": version, "missed": missed}, _registry(artifacts)["current"])
-        return False
-    target, temporary = artifacts / version, artifacts / f".{version}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a copy that was interrupted
-    shutil.copytree(candidate, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    _enter(artifacts, {"event": "promoted", "version": version, "sha256": digest(target), "values": values}, version)
-    return True
-
-
-def demote(artifacts: Path, reason: str) -> str | None:
-    """Make the version promoted before the current one current again; returns it, None when there is none."""
-    registry = _registry(artifacts)
-    line: list[str] = []  # versions in the order of their last promotion, those demoted since taken out
-    for event in registry["history"]:
-        if event["event"] != "refused":
-            line = [v for v in line if v != event["version"]] + [event["version"]] * (event["event"] == "promoted")
-    earlier = [version for version in line if version != registry["current"]]
-    current = earlier[-1] if earlier else None
-    _enter(artifacts, {"event": "demoted", "version": registry["current"], "reason": reason}, current)
-    return current
+def prune(home: Path, keep: Snapshots) -> list[int]:
+    """Delete the checkpoints that `retained` lets go, for rank 0; their steps. A name goes first, then the files."""
+    have = {step: path for step, path in listed(home).items() if (path / MARKER).exists()}
+    told = {step: read_json(path / MANIFEST) for step, path in have.items() if (path / MANIFEST).exists()}
+    losses = {
+        step: float(about["validation_loss"]) for step, about in told.items() if about["validation_loss"] is not None
+    }
+    promoted = map(int, read_json(home / PROMOTED)) if (home / PROMOTED).exists() else ()
+    gone = sorted(have.keys() - retained(have, losses, keep, promoted))
+    for step in gone:
+        hidden = home / PARTIAL / f"{have[step].name}.deleted"
+        hidden.parent.mkdir(exist_ok=True)
+        have[step].rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    return gone

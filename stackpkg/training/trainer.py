@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from stackpkg.data import curriculum
 from stackpkg.data.provenance import withdrawals_due
@@ -28,18 +28,18 @@ from stackpkg.runs import write_json
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
-from stackpkg.training import checkpoint, riders, stages
+from stackpkg.training import riders, versions
 from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.faults import inject
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_beta
 from stackpkg.training.recovery import RollBack, Skips
-from stackpkg.training.snapshots import complete
+from stackpkg.training.resumable import Resumable
 from stackpkg.training.steploss import StepLoss
 
 
-class StackTrainer(Trainer):
+class StackTrainer(Resumable):
     """Stock `Trainer` loop; overridden are the loader, the loss, the clip, evaluation and checkpoints."""
 
     optimizer: Any  # set by Trainer before the first step
@@ -76,6 +76,8 @@ class StackTrainer(Trainer):
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
         self._mark, self._update_skipped = time.perf_counter(), False
         self._probed, self._row = dict[str, float](), dict[str, Any]()
+        known = stream.manifest_digest, model.config.to_dict(), folder / "artifacts"
+        self.saves(versions.describe(p, name, attempt, *known), faults)
 
     # ---- layout: the mesh is ours, accelerate sees plain processes
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class StackTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         timed = Timed(epoch_iterator)  # alone: what follows in there waits for the other ranks
         batches, count = super().get_batch_samples(timed, num_batches, device)
+        self.restore_rng()
         self._data_wait = timed.seconds
         return batches, count
 
@@ -129,7 +132,9 @@ class StackTrainer(Trainer):
         step = self.state.global_step
         here = {"step": step + 1, "rank": self.rank, "attempt": self.attempt, "precision": self.p.training.precision}
         for fault in self.faults:
-            inject(fault, model, self.optimizer.optimizer, cursor=self.stream.plan.position(step), **here)
+            cursor, optimizer = self.stream.plan.position(step), self.optimizer.optimizer
+            inject(fault, model, optimizer, self.saver.settle, cursor=cursor, **here)
+        self.saver.staged()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = self.mesh.clip(gradients, self.args.max_grad_norm)
         self._update_skipped = self.skips.check(model, norm, step + 1)
@@ -249,51 +254,3 @@ class StackTrainer(Trainer):
         dist.broadcast_object_list(told)
         if told[0]:
             schedule.use([*schedule.decisions, *told[0]])
-
-    # ---- checkpoints: one distributed checkpoint of weights, moments and average, complete or not there
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """An ordinary Hugging Face folder, gathered from the shards; a checkpoint (internal call) has its own form."""
-        if _internal_call:
-            return
-        if self.p.layout.pp > 1:
-            stages.save(self.network, Path(str(output_dir)))
-        else:
-            self.network.save_pretrained(str(output_dir), is_main_process=self.rank == 0)
-        if self.rank == 0:
-            guard = self.p.retrieval.model_dump(mode="json") | self.retriever.switch.state_dict()
-            write_json(Path(str(output_dir)) / "retriever.json", guard)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._write_row()
-        self.rows.flush()
-        super()._save_checkpoint(model, trial)
-        dist.barrier()
-        if self.rank == 0:
-            complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self.state.global_step)
-        dist.barrier()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        scalars = {
-            "scheduler": self.lr_scheduler.state_dict(),
-            "composer": self.composer.state_dict(),
-            "ema_updates": self.ema.updates,
-            "skips": self.skips.state_dict(),
-            "guard": json.dumps(self.guard.state_dict()),
-            "switch": self.retriever.switch.state_dict(),
-        }
-        checkpoint.save(Path(output_dir), self.network, self.optimizer.optimizer, self.ema, scalars)
-
-    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is None:
-            return
-        scalars = checkpoint.load(Path(folder), self.network, self.optimizer.optimizer, self.ema)
-        checkpoint.restore(self.lr_scheduler, scalars["scheduler"])
-        self.composer.load_state_dict(scalars["composer"])
-        self.ema.updates = scalars["ema_updates"]
-        self.skips.load_state_dict(scalars["skips"])
-        self.guard.load_state_dict(json.loads(scalars["guard"]))
-        self.guard.forget("TrainRolledBack")
-        self.retriever.switch.load_state_dict(scalars["switch"])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Weights come with the moments, in `_load_optimizer_and_scheduler`: one read of one checkpoint."""

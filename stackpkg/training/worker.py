@@ -127,6 +127,9 @@ def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mes
     trainer.add_callback(asked)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except recovery.RollBack:
+        trainer.saver.wait()  # all ranks are here, and the next attempt begins from what is on disk
+        raise
     finally:
         trainer.rows.flush()
     if asked.seen:

@@ -1,0 +1,166 @@
+"""Snapshots are written behind the training: a copy of the state is taken, and a thread brings it to the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+from torch.utils._pytree import tree_map
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from stackpkg.params import Snapshots
+from stackpkg.runs import now, write_json
+from stackpkg.training import snapshots
+from stackpkg.training.faults import meant
+
+SILENT = timedelta(minutes=30)  # a rank that writes nothing for longer is taken for dead
+
+
+class SaveFailed(RuntimeError):
+    """A snapshot could not be written. Raised on all ranks at once; the snapshots before it are as they were."""
+
+
+class Writer(dcp.FileSystemWriter):
+    """Shards and their metadata into `partial/dcp`; then, on rank 0, the end of the snapshot. What fails on one rank
+    fails on all: each step ends with word from every rank."""
+
+    def __init__(self, partial: Path, about: dict[str, Any], keep: Snapshots, killed: bool) -> None:
+        super().__init__(partial / "dcp")
+        self.partial, self.about, self.keep, self.killed = partial, about, keep, killed
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        if self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for path in self.partial.iterdir():  # this machine's small files; nobody else may flush them
+            if path.is_file():
+                snapshots.flush(path)
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        write_json(self.partial / snapshots.MANIFEST, self.about)
+        snapshots.prune(snapshots.publish(self.partial, self.about["step"]).parent, self.keep)
+
+
+class Saver:
+    """At most one save is under way. `about` is what the manifest of every snapshot of this attempt says."""
+
+    def __init__(self, home: Path, keep: Snapshots, about: dict[str, Any], faults: list[dict[str, Any]]) -> None:
+        self.keep, self.about, self.faults, self.partial = keep, about, faults, home / snapshots.PARTIAL
+        self.group = dist.new_group(backend="gloo", timeout=SILENT)  # apart from the training's messages
+        cuda = torch.cuda.is_available()
+        # in memory that is kept from save to save, copied to by a thread
+        how = {"use_pinned_memory": cuda, "use_shared_memory": False, "use_non_blocking_copy": cuda}
+        self.stager = DefaultStager(StagingOptions(use_async_staging=True, **how))
+        self._step, self._under_way = 0, list[AsyncSaveResponse]()
+
+    def begin(self, step: int, tensors: dict[str, Any], loss: float | None) -> None:
+        """A collective: save `tensors` and the small files that lie in `partial/checkpoint-N` already. Returns before
+        they are copied: call `staged` before anything of them changes. `loss` is that of an evaluation at this step.
+        """
+        self.wait()
+        partial = self.partial / f"checkpoint-{step}"
+        partial.mkdir(parents=True, exist_ok=True)
+        about = self.about | {"step": step, "validation_loss": loss, "at": now()}
+        here = {"step": step, "rank": dist.get_rank(), "attempt": self.about["attempt"]}
+        killed = any(fault["kind"] == "kill_saving" and meant(fault, here) for fault in self.faults)
+        writer, state = Writer(partial, about, self.keep, killed), _settled(tensors)
+        save = dcp.async_save(state, storage_writer=writer, process_group=self.group, async_stager=self.stager)
+        assert isinstance(save, AsyncSaveResponse)
+        self._step, self._under_way = step, [save]
+
+    def staged(self) -> None:
+        """Wait until the copy of the state is taken: for before the update."""
+        for save in self._under_way:
+            save.staging_completion.result()
+
+    def settle(self) -> None:
+        """Wait for this rank's part of the save, however it ends."""
+        for save in self._under_way:
+            save.upload_completion.exception()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows by now that the save failed. The others may not: agree, then `wait`."""
+        return any(s.upload_completion.done() and s.upload_completion.exception() for s in self._under_way)
+
+    def wait(self) -> None:
+        """A collective: until the save under way has ended on all ranks. Raises `SaveFailed` on all of them."""
+        if not self._under_way:
+            return
+        (save,), self._under_way = self._under_way, []
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, _reason(save.upload_completion.exception()))
+        if any(told):
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            why = next(filter(None, told))
+            raise SaveFailed(f"checkpoint-{self._step} was not saved, those before it are as they were: {why}")
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """The first thing that went wrong, in a line."""
+    if isinstance(error, CheckpointException):
+        rank, (error, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}" if error else None
+
+
+def _settled(state: dict[str, Any]) -> dict[str, Any]:
+    """The stager takes a tensor whose `data_ptr` is not 0 for one with memory of its own (torch 2.13). So looks a
+    DTensor whose part is not the first; here each is wrapped anew."""
+
+    def wrapped(leaf: Any) -> Any:
+        if not isinstance(leaf, DTensor) or not leaf.data_ptr():
+            return leaf
+        part = leaf.to_local().detach()
+        part = part.clone() if part.storage_offset() else part
+        return DTensor.from_local(
+            part, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
+        )
+
+    return tree_map(wrapped, state)
+
+
+class Cadence(TrainerCallback):
+    """A checkpoint when `every_minutes` have passed on rank 0, the end of a job not before its last save, and word of a
+    save that failed, once a step: what one rank knows, all must, or they part."""
+
+    def __init__(self, saver: Saver) -> None:
+        self.saver, self.last = saver, time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        minutes = self.saver.keep.every_minutes
+        due = dist.get_rank() == 0 and 0 < 60 * minutes <= time.monotonic() - self.last
+        flags = torch.tensor([due, self.saver.failed], dtype=torch.int32, device=args.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        saving, failed = map(bool, flags.tolist())
+        if failed:
+            self.saver.wait()
+        control.should_save |= saving
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.last = time.monotonic()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.saver.wait()

@@ -1,0 +1,190 @@
+"""What is promoted has passed its gate, and the registry tells the story."""
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stackpkg.model.configuration import StackConfig
+from stackpkg.runs import digest, read_json, write_json
+from stackpkg.training import promotion, versions
+from stackpkg.training.snapshots import PROMOTED
+
+
+@pytest.mark.parametrize(
+    ("comparison", "good", "bad"),
+    [(">", 1.1, 1.0), (">=", 1.0, 0.9), ("<", 0.9, 1.0), ("<=", 1.0, 1.1), ("==", 1.0, 1.1)],
+)
+def test_the_gate_lets_only_measured_numbers_pass(comparison: str, good: float, bad: float) -> None:
+    limits = {"loss": (comparison, 1.0)}
+    assert promotion.gate({"loss": good}, limits) == []
+    assert promotion.gate({"loss": bad}, limits) == [f"loss is {bad:g}, must be {comparison} 1"]
+    # "NaN" is how a NaN stands in strict JSON, None what was not measured
+    for value in (math.nan, "NaN", None):
+        assert promotion.gate({"loss": value}, limits) == [f"loss is nan, must be {comparison} 1"]
+    assert promotion.gate({"other": good}, limits) == [f"loss is nan, must be {comparison} 1"]
+
+
+def test_the_gate_names_every_limit_that_was_missed() -> None:
+    limits = {"loss": ("<", 2.0), "precision": (">=", 0.5), "entropy": (">=", 0.2)}
+    assert promotion.gate({"loss": math.inf, "precision": 0.7}, limits) == [
+        "loss is inf, must be < 2",
+        "entropy is nan, must be >= 0.2",
+    ]
+
+
+@pytest.fixture
+def candidate(tmp_path: Path) -> Path:
+    folder = tmp_path / "final"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights" * 100)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_promotions_refusals_and_demotions_are_entered(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    assert not promotion.promote(artifacts, candidate, "v0", {}, ["loss is 9, must be < 2"])
+    assert not (artifacts / "v0").exists() and read_json(artifacts / "registry.json")["current"] is None
+
+    sha = {}
+    for version in ("v1", "v2", "v3"):
+        write_json(candidate / "config.json", {"hidden_size": 32, "_name_or_path": version})
+        assert promotion.promote(artifacts, candidate, version, {"loss": 1.0}, [])
+        sha[version] = digest(candidate)
+        assert digest(artifacts / version) == sha[version]
+    assert not promotion.promote(artifacts, candidate, "v4", {}, ["no"])
+    assert read_json(artifacts / "registry.json")["current"] == "v3"  # a refusal leaves the current one alone
+
+    assert promotion.demote(artifacts, "loss rose in service") == "v2"
+    assert promotion.demote(artifacts, "so does this one") == "v1"
+    assert promotion.demote(artifacts, "and this one") is None
+    registry = read_json(artifacts / "registry.json")
+    assert registry["current"] is None and (artifacts / "v3").exists()
+    told = [(entry["event"], entry["version"]) for entry in registry["history"]]
+    assert told == [
+        ("refused", "v0"), ("promoted", "v1"), ("promoted", "v2"), ("promoted", "v3"), ("refused", "v4"),
+        ("demoted", "v3"), ("demoted", "v2"), ("demoted", "v1"),
+    ]  # fmt: skip
+    assert registry["history"][0]["missed"] == ["loss is 9, must be < 2"]
+    assert [entry.get("sha256") for entry in registry["history"][1:4]] == list(sha.values())
+    assert registry["history"][5]["reason"] == "loss rose in service"
+
+
+def test_a_version_that_comes_back_can_be_returned_to(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    for version in ("v1", "v2"):
+        promotion.promote(artifacts, candidate, version, {}, [])
+    assert promotion.demote(artifacts, "looked bad") == "v1"
+    for version in ("v2", "v3"):  # the alarm was false
+        promotion.promote(artifacts, candidate, version, {}, [])
+    assert promotion.demote(artifacts, "is bad") == "v2"
+    assert promotion.demote(artifacts, "is bad too") == "v1"
+
+
+def test_an_interrupted_copy_leaves_the_version_that_was_there(tmp_path: Path, candidate: Path, monkeypatch) -> None:
+    artifacts = tmp_path / "artifacts"
+    promotion.promote(artifacts, candidate, "v1", {}, [])
+    first = digest(artifacts / "v1")
+    write_json(candidate / "config.json", {"hidden_size": 64})
+
+    def full(source: str, target: str, **_: object) -> None:
+        if target.endswith(".safetensors"):
+            raise OSError(28, "No space left on device")
+        shutil.copyfile(source, target)
+
+    copytree = shutil.copytree
+    monkeypatch.setattr(shutil, "copytree", lambda *given: copytree(*given, copy_function=full))
+    for version in ("v1", "v2"):
+        with pytest.raises((OSError, shutil.Error)):
+            promotion.promote(artifacts, candidate, version, {}, [])
+    assert digest(artifacts / "v1") == first and not (artifacts / "v2").exists()
+    assert len(read_json(artifacts / "registry.json")["history"]) == 1
+    monkeypatch.undo()
+    for version in ("v1", "v2"):  # what was left of the copy is in nobody's way
+        assert promotion.promote(artifacts, candidate, version, {}, [])
+        assert digest(artifacts / version) == digest(candidate)
+    assert sorted(path.name for path in artifacts.iterdir()) == ["registry.json", "v1", "v2"]
+
+
+def test_only_an_artifact_that_is_as_it_was_promoted_comes_back(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    for version in ("v1", "v2", "v3"):
+        promotion.promote(artifacts, candidate, version, {}, [])
+    promotion.roll_back(artifacts, "v1", "v3 and v2 answer slower")
+    told = promotion.registry(artifacts)
+    assert told["current"] == "v1"
+    assert told["history"][-1] | {"at": ""} == {
+        "event": "rolled_back", "version": "v1", "from": "v3", "reason": "v3 and v2 answer slower", "at": "",
+    }  # fmt: skip
+    (artifacts / "v2/model.safetensors").write_bytes(b"weights" * 99 + b"weighty")
+    with pytest.raises(ValueError, match=r"v2 can't be current: .* allowed: \['v1', 'v3'\]"):
+        promotion.roll_back(artifacts, "v2", "try it")
+    with pytest.raises(ValueError, match="v9 can't be current"):
+        promotion.roll_back(artifacts, "v9", "try it")
+    assert promotion.registry(artifacts)["current"] == "v1"
+    promotion.roll_back(artifacts, "v3", "false alarm")
+    assert promotion.demote(artifacts, "it was true") == "v1", "v2 is damaged: passed over"
+
+
+def test_versions_follow_what_changed_against_the_promoted_architecture(tmp_path: Path, candidate: Path) -> None:
+    artifacts, first = tmp_path / "artifacts", {"hidden_size": 32, "num_experts": 4, "rope_theta": 1e6}
+    steps = [
+        (first, "1.0.0"),
+        (first | {"transformers_version": "6"}, "1.0.0"),  # other weights, the same architecture
+        (first | {"num_experts": 8}, "1.1.0"),
+        (first | {"num_experts": 8, "rope_theta": 1e4}, "1.1.1"),
+        (first | {"num_experts": 8, "rope_theta": 1e4, "hidden_size": 64}, "2.0.0"),
+        (first, "1.0.0"),  # one that was there before has its own version
+        (first | {"attention_pattern": "block"}, "1.2.0"),  # 1.1.0 is another
+    ]
+    for number, (config, version) in enumerate(steps):
+        write_json(candidate / "config.json", config)
+        assert versions.architecture(config, artifacts) == version
+        promotion.promote(artifacts, candidate, f"v{number}", {}, [])
+    entries = promotion.registry(artifacts)["history"]
+    assert [entry["versions"]["architecture"] for entry in entries] == [version for _, version in steps]
+    assert {(entry["versions"]["router"], entry["versions"]["retriever"]) for entry in entries} == {("1.0", "1.0")}
+
+
+def test_every_setting_of_the_reference_model_has_a_kind_of_change() -> None:
+    """A setting that nobody classified is breaking: right for sizes, wrong for a new number or pattern."""
+    named = {field.name for field in dataclasses.fields(StackConfig)}
+    sizes = {
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "moe_intermediate_size", "tie_word_embeddings", "pad_token_id",
+    }  # fmt: skip
+    known = versions.TOPOLOGY | versions.NUMBERS | versions.SILENT
+    assert {n for n in named - known - sizes if n in StackConfig.__annotations__} == set()
+    before = StackConfig().to_dict()
+    assert versions.change(before, StackConfig(num_hidden_layers=24).to_dict()) == (
+        "major", ["num_hidden_layers 48 -> 24"],
+    )  # fmt: skip
+    assert versions.change(before, before) == ("none", [])
+    assert versions.change(before, StackConfig(sliding_window=256, rms_norm_eps=1e-5).to_dict())[0] == "minor"
+
+
+@given(st.tuples(*[st.integers(0, 99)] * 3), st.lists(st.sampled_from(versions.KINDS), max_size=6))
+def test_a_later_version_is_never_smaller(start: tuple[int, int, int], kinds: list[str]) -> None:
+    version = ".".join(map(str, start))
+    for kind in kinds:
+        later = versions.bump(version, kind)
+        old, new = (tuple(map(int, given.split("."))) for given in (version, later))
+        assert new == old if kind == "none" else new > old
+        changed = next((place for place in range(3) if new[place] != old[place]), 3)
+        assert changed == {"major": 0, "minor": 1, "patch": 2, "none": 3}[kind] and not any(new[changed + 1 :])
+        version = later
+
+
+def test_the_checkpoint_that_was_promoted_is_marked(tmp_path: Path, candidate: Path) -> None:
+    snapshot = tmp_path / "checkpoint-4"
+    write_json(snapshot / "manifest.json", {"step": 4})
+    assert not promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, ["no"], snapshot=snapshot)
+    assert not (tmp_path / PROMOTED).exists()
+    assert promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, [], card="# A card", snapshot=snapshot)
+    assert read_json(tmp_path / PROMOTED) == {"4": "v1"}
+    assert (tmp_path / "artifacts/v1/README.md").read_text() == "# A card"
