@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Staged:
         model._pp_stage = pipeline  # whom transformers asks about weights that are not here
         if isinstance(model, FSDPModule):
             model.set_reshard_after_forward(False)  # gathered once a step, not once a micro-batch
-        model.pipeline, model.listeners, model.forward = pipeline, pipeline.listeners, pipeline.forward
+        # accelerate 1.15 would bind a method to the model anew
+        model.pipeline, model.listeners, model.forward = pipeline, pipeline.listeners, partial(pipeline.forward)
         return model
 
     def _expand_parallel_plan(self, plan):  # type: ignore[no-untyped-def]
