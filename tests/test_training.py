@@ -381,9 +381,9 @@ def test_dpo_refers_to_the_weights_that_the_job_began_with(lab: RunFolder, refer
             logits = model(input_ids=pairs[name], use_cache=False).logits
         found = preference.answers(logits, pairs[name], pairs["answer_start"], stream.pad_id).log_probs
         torch.testing.assert_close(kept[0][:, column], found, rtol=1e-4, atol=1e-4)
-    # one update away from the reference the margin is near 0, and -log sigma(0) = log 2
-    losses = one.loss_preference.dropna().tolist()
-    assert losses[0] == pytest.approx(math.log(2), abs=0.05) and losses[-1] < losses[0]
+    # an update away from the reference the margin is near 0, and -log sigma(0) = log 2; then it moves
+    first, *later = one.loss_preference.dropna().tolist()
+    assert first == pytest.approx(math.log(2), abs=0.01) and all(abs(loss - math.log(2)) > 1e-4 for loss in later)
 
 
 def test_a_resume_repeats_what_rode_along(lab: RunFolder, carrying) -> None:
