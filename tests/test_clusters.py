@@ -234,6 +234,8 @@ def test_a_job_that_the_cluster_has_is_not_touched_by_another_profile(
             launch.launch("job", params.validate(p.model_dump(mode="json") | other), folder)
     assert (home / "job.json").read_bytes() == before and not list(runs.root().glob("outbox/.previous/*/job"))
     stop.request(home, "the test is over")
+    while (home / stop.FILE).exists():  # before the next test takes the folder away
+        time.sleep(0.05)
 
 
 def test_a_job_goes_on_in_another_layout_but_not_with_other_numbers(folder: RunFolder) -> None:
