@@ -47,16 +47,6 @@ def test_regret_moves_mass_to_the_best_arm_and_leaves_the_estimates_alone() -> N
     assert torch.autograd.gradcheck(lambda z: bandit.regret(z.softmax(-1), estimates.detach()), (logits,))
 
 
-def test_cosine_of_two_losses_on_shared_weights() -> None:
-    weights = torch.randn(4, 3, generator=lots(2), requires_grad=True)
-    gate = (torch.randn(9, 3, generator=lots(3)) @ weights.T).softmax(-1)
-    one, other = bandit.regret(gate, torch.arange(4.0) / 4), gate.square().sum()
-    assert float(bandit.cosine(one, 3 * one, [weights])) == pytest.approx(1.0)
-    assert float(bandit.cosine(one, -one, [weights])) == pytest.approx(-1.0)
-    assert -1 <= float(bandit.cosine(one, other, [weights])) <= 1
-    assert float(bandit.cosine(one, weights.detach().sum() * gate.sum().detach() + 0 * other, [weights])) == 0
-
-
 # ---- reward
 
 

@@ -187,17 +187,22 @@ def test_router_terms_of_any_mixture(config: dict) -> None:
         assert (layer.gate() > 0).all()
     assert values[2].keys() == {"language_modelling", *ROUTER} and all(v.isfinite() for v in values[2].values())
     assert 0 <= values[2]["load_balance"] <= math.log(4) and 0 <= values[2]["regret"] <= 1
-    weights = [router.weight for router in routers]
+    weights, pulls = [router.weight for router in routers], {}
     for name in ROUTER:
         only = EVEN.model_copy(update=dict.fromkeys({"language_modelling", *ROUTER} - {name}, 0.0))
         other = Composer(only)
         other.load_state_dict(composer.state_dict())
-        gradients = torch.autograd.grad(forward(model, other, ids)[0].total, weights)
+        step, routed = forward(model, other, ids)
+        at = [layer.logits for layer in routed]
+        pulls[name] = torch.cat([g.flatten() for g in torch.autograd.grad(step.total, at, retain_graph=True)])
+        gradients = torch.autograd.grad(step.total, weights)
         assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients), name
     step, _ = forward(model, composer, ids)
     told = norms({name: float(value) for name, value in step.squares.items()})
     assert set(told) == {"language_modelling", *ROUTER, "cosine_regret_load_balance"}
-    assert -1 <= told["cosine_regret_load_balance"] <= 1 and all(math.isfinite(value) for value in told.values())
+    cosine = float(torch.cosine_similarity(pulls["regret"], pulls["load_balance"], dim=0))
+    assert told["cosine_regret_load_balance"] == pytest.approx(cosine, abs=1e-5)
+    assert all(math.isfinite(value) for value in told.values())
 
 
 @pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)

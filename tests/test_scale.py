@@ -79,7 +79,7 @@ def composer(weights: params.Objectives) -> Composer:
 
 def alone(made: Composer) -> None:
     """The history of `composer` is the whole step's: on every rank, and counted once."""
-    made.bandit._new = {name: value / dist.get_world_size() for name, value in made.bandit._new.items()}
+    made.bandit.new = {name: value / dist.get_world_size() for name, value in made.bandit.new.items()}
     made.bandit.after_step()
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = 0.1  # smallest propensity, as a share of an even gate's 1 / experts: no token weighs more than 10 experts
@@ -41,15 +40,6 @@ def regret(gate: Tensor, estimates: Tensor) -> Tensor:
     value = estimates.detach()
     # sum_x [ max_e r_e - sum_e p_e(x) r_e ]   (expected regret of one round; Auer et al. 2002, sec. 2)
     return (value.max() - gate @ value.to(gate)).sum()
-
-
-def cosine(first: Tensor, second: Tensor, at: Sequence[Tensor]) -> Tensor:
-    """Cosine in [-1, 1] between the gradients of two losses with respect to `at`; 0 where one has none."""
-    one, other = (
-        torch.cat([g.flatten() for g in torch.autograd.grad(loss, at, retain_graph=True, materialize_grads=True)])
-        for loss in (first, second)
-    )
-    return F.cosine_similarity(one.double(), other.double(), dim=0).clamp(-1, 1)
 
 
 class Bandit:
