@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import sys
 from pathlib import Path
@@ -108,12 +107,13 @@ def trace(
     """From a step to its documents, or from a document to its steps."""
     if (step is None) == (document is None):
         _stop("give one of --step and --document")
+    from stackpkg.data.items import record_id
     from stackpkg.data.ledger import Ledger
 
     try:
         ledger = Ledger(_folder(path).path, job)
         known = 0 in ledger.stream.corpus.find([str(document)])
-        named = str(document) if known else hashlib.sha256(str(document).encode()).hexdigest()[:16]
+        named = str(document) if known else record_id(str(document))
         rows = ledger.step(step) if step is not None else ledger.document(named)
     except ValueError as error:
         _stop(error)

@@ -7,7 +7,6 @@ raises `ValueError` with the nearest valid name and the allowed range, before an
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from stackpkg.schema import Auxiliary, Data, Section, Share, Source, Stage, Until
+from stackpkg.schema import Auxiliary, Data, Section, Share, Source, Stage, Until, allowed
 from stackpkg.schema_training import (
     Cluster,
     Evaluation,
@@ -175,9 +174,7 @@ def explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             section = _section(tuple(item["loc"][:-1]))
             names = list(section.model_fields) if section else []
-            near = difflib.get_close_matches(str(item["loc"][-1]), names, 1, 0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            lines.append(f"{where}: unknown key; {hint}allowed: {', '.join(names)}")
+            lines.append(f"{where}: unknown key; {allowed(item['loc'][-1], names)}")
         else:
             lines.append(f"{where}: {item['msg']}; given {item['input']!r}{_range(item['loc'])}"[:400])
     return "\n".join(lines)

@@ -198,7 +198,7 @@ def execute(stage: Stage, p: Params, folder: RunFolder, stream: TextIO) -> dict[
         )
         record |= {"state": "ok", "outputs": _digests(folder, stage.outputs)}
     except BaseException as error:
-        record |= {"state": "failed", "error": f"{type(error).__name__}: {error}"[-4000:]}
+        record |= {"state": "failed", "error": portable(f"{type(error).__name__}: {error}")[-4000:]}
         raise
     finally:
         if output.exists():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -9,6 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Share = Annotated[float, Field(ge=0, le=1)]
 ROLES = ("system", "user", "assistant", "tool", "code", "data")
 CLASSES = ("CAUSAL", "SEGMENT", "TOOL_SCOPE", "SAFETY_SCOPE", "RET_SCOPE")  # all but the first: a column of `spans`
+
+
+def allowed(given: object, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest one there is, then all."""
+    known = {name.lower(): name for name in names}
+    near = [known[name] for name in difflib.get_close_matches(str(given).lower(), known, 1, 0.5)]
+    return f"{f'did you mean {near[0]!r}? ' if near else ''}allowed: {', '.join(known.values())}"
 
 
 class Section(BaseModel):

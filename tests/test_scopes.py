@@ -181,7 +181,7 @@ def test_a_secret_is_read_inside_its_scope_alone() -> None:
         ([{"role": "asistant", "reads": ["user"], "within": "CAUSAL"}], "did you mean 'assistant'"),
         ([{"role": "user", "reads": ["tol"], "within": "CAUSAL"}], r"rule 0.reads.0: .*did you mean 'tool'"),
         ([{"role": "user", "reads": ["tool"], "within": "tool_scop"}], "did you mean 'TOOL_SCOPE'"),
-        ([{"role": "user", "writes": ["x"], "within": "CAUSAL"}], r"allowed: \('system'"),
+        ([{"role": "user", "writes": ["x"], "within": "CAUSAL"}], "allowed: system, user"),
         (
             [{"role": "user", "read": ["tool"], "within": "CAUSAL"}],
             r"rule 0.read: .*\n.*keys role, reads, writes, within",

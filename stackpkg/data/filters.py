@@ -6,7 +6,6 @@ dropped whole: a line rule drops a document of which it would leave no line, and
 all rules leave. Sentence ends of other scripts count as English ones do; Gopher's stop words are asked of English only.
 """
 
-import difflib
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from stackpkg.data.mixing import GOLDEN
 from stackpkg.data.perplexity import CACHE, CODES, mixed
 from stackpkg.data.scrub import SECRETS, scrub
 from stackpkg.params import Data
+from stackpkg.schema import allowed
 
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
@@ -254,8 +254,7 @@ def apply(part: pa.Table, data: Data, models: Path | None) -> pa.Table:
     of an unknown filter.
     """
     for name in data.thresholds.keys() - HEURISTICS.keys():
-        near = difflib.get_close_matches(name, HEURISTICS, 1, 0)[0]
-        raise ValueError(f"data.thresholds has {name!r}; did you mean {near!r}? allowed: {', '.join(HEURISTICS)}")
+        raise ValueError(f"data.thresholds has {name!r}; {allowed(name, HEURISTICS)}")
     policy = {"personal": data.personal_data, "secret": data.secrets}
     scrubbed = [scrub(t, *(rule != "keep" for rule in policy.values())) for t in part["text"].to_pylist()]
     texts = pa.array([text for text, _ in scrubbed], part.schema.field("text").type)

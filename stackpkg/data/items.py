@@ -33,6 +33,11 @@ class Item(NamedTuple):
     stated: Mapping[str, Any] = {}  # what its source says of it: any of COLUMNS
 
 
+def record_id(source: str) -> str:
+    """16 digits of the SHA-256 of a source, which names one document."""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
 def domain_of(path: str) -> str:
     """Domain told from a file's name; empty for a file that is not text we read."""
     name, suffix = PurePosixPath(path).name, PurePosixPath(path).suffix.lower()
@@ -143,7 +148,7 @@ def record(item: Item) -> dict[str, Any]:
     stamp, published = stated.get("timestamp"), fields["content_hash"].lower()
     same = hashlib.sha256(raw).hexdigest() == published
     return fields | {
-        "record_id": hashlib.sha256(source.encode()).hexdigest()[:16],
+        "record_id": record_id(source),
         "source": source,
         "domain": item.domain,
         "timestamp": seconds(file.stat().st_mtime if file and not stamp else stamp),

@@ -1,6 +1,5 @@
 """Labelled files, read line by line: a line that is wrong is set aside with its place, what is wrong and the remedy."""
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from stackpkg.data.items import record_id
 
 REFUSED = 0.1  # a file of which more is wrong was meant for something else
 
@@ -26,14 +27,9 @@ class Wrong(Exception):
     """Raised with (what is wrong, how to mend it) by what parses a line."""
 
 
-def digest(text: str) -> str:
-    """16 digits of the SHA-256: the id of a record, of a document."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def origin(source: str, licence: str = "") -> dict[str, Any]:
     """The columns that say where a row comes from."""
-    return {"record_id": digest(source), "source": source, "licence": licence}
+    return {"record_id": record_id(source), "source": source, "licence": licence}
 
 
 def lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -13,7 +13,8 @@ from scipy.sparse import csr_array
 
 from stackpkg import runs
 from stackpkg.data import mixing, problems
-from stackpkg.data.problems import Problem, Wrong, digest
+from stackpkg.data.items import record_id
+from stackpkg.data.problems import Problem, Wrong
 
 HEADER = ["query-id", "corpus-id", "score"]
 SPLITS = {"train": "train", "dev": "held_out", "test": "held_out"}  # of BEIR -> of pairs.parquet
@@ -35,7 +36,7 @@ class RetrievalSet(NamedTuple):
 
 def key(text: str) -> int:
     """The pair_key of a pair: 60 bits. In a batch, pairs of one key are no negatives of each other."""
-    return int(digest(text)[:15], 16)
+    return int(record_id(text)[:15], 16)
 
 
 def read(path: Path) -> RetrievalSet:
@@ -137,15 +138,15 @@ def write_beir(folder: Path, pairs: Sequence[Pair]) -> None:
     """The pairs as a BEIR folder that `read` gives back: positives of score 1, negatives of score 0."""
     corpus: dict[str, dict[str, str]] = {text: {} for pair in pairs for text in pair["negatives"]}
     corpus |= {pair["positive"]: {name: pair[name] for name in ("source", "licence")} for pair in pairs}
-    rows = [{"_id": digest(text), "title": "", "text": text, "metadata": found} for text, found in corpus.items()]
-    asked = [{"_id": digest(text), "text": text} for text in dict.fromkeys(pair["query"] for pair in pairs)]
+    rows = [{"_id": record_id(text), "title": "", "text": text, "metadata": found} for text, found in corpus.items()]
+    asked = [{"_id": record_id(text), "text": text} for text in dict.fromkeys(pair["query"] for pair in pairs)]
     for name, lines in (("corpus", rows), ("queries", asked)):
         runs.write_text(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     for name in ("train", "test"):
         members = [pair for pair in pairs if pair["split"] == SPLITS[name]]
         scores = {(pair["query"], text): "0" for pair in members for text in pair["negatives"]}
         scores |= {(pair["query"], pair["positive"]): "1" for pair in members}
-        cells = [HEADER, *([digest(query), digest(text), score] for (query, text), score in scores.items())]
+        cells = [HEADER, *([record_id(query), record_id(text), score] for (query, text), score in scores.items())]
         runs.write_text(folder / f"qrels/{name}.tsv", "".join("\t".join(row) + "\n" for row in cells))
 
 

@@ -1,6 +1,5 @@
 """Text and its provenance from any kind of source, into parts: streaming, one part in memory, no silent loss."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -82,7 +81,7 @@ def _folder(source: Source, path: Path) -> Iterator[Item]:
 
 def _set_aside(source: str, error: Exception) -> dict[str, Any]:
     label = source.encode("utf-8", "backslashreplace").decode()
-    name, why = hashlib.sha256(label.encode()).hexdigest()[:16], f"unreadable: {items.reason(error)}"
+    name, why = items.record_id(label), f"unreadable: {items.reason(error)}"
     return {"record_id": name, "source": label, "filter": why, "value": 0.0, "threshold": 1.0, "decision": "drop"}
 
 

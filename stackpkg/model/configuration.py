@@ -1,12 +1,13 @@
 """Configuration of the reference model, with the plans that spread it over tensor, expert and data ranks."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from stackpkg.schema import allowed
 
 
 @strict
@@ -104,9 +105,7 @@ def checked(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> 
     declared = [field.name for field in dataclasses.fields(config_class)]
     names = [*declared, *config_class.attribute_map, "head_dim"]  # the last is read by some that do not declare it
     for key in set(values) - set(names):
-        near = difflib.get_close_matches(key, names, 1, 0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"model.config.{key}: unknown key of {config_class.__name__}; {hint}allowed: {names}")
+        raise ValueError(f"model.config.{key}: unknown key of {config_class.__name__}; {allowed(key, names)}")
     try:
         return config_class(**values)
     except Exception as error:  # strict dataclasses raise their own family of exceptions

@@ -17,7 +17,6 @@ read it; to close such a path, deny its first edge.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,7 +26,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from stackpkg import runs
-from stackpkg.schema import CLASSES, ROLES, Section
+from stackpkg.schema import CLASSES, ROLES, Section, allowed
 
 PROTECTED = CLASSES.index("SAFETY_SCOPE") - 1  # its column of `spans`
 
@@ -49,10 +48,7 @@ def _known(names: tuple[str, ...]) -> BeforeValidator:
     def check(given: Any) -> Any:
         if given in names:
             return given
-        near = difflib.get_close_matches(str(given), names, 1, 0.5) or difflib.get_close_matches(
-            str(given).upper(), names, 1, 0.5
-        )
-        raise ValueError(f"{given!r} is unknown; {f'did you mean {near[0]!r}? ' if near else ''}allowed: {names}")
+        raise ValueError(f"{given!r} is unknown; {allowed(given, names)}")
 
     return BeforeValidator(check)
 
