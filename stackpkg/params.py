@@ -130,11 +130,6 @@ class Params(Section):
                 f"training.accumulation {accumulation}: the schedule {schedule} needs {needed} layout.pp = {pp} micro-"
                 "batches; raise it, or take gpipe"
             )
-        if self.layout.tp > 1 and self.objectives.conformance and any(stage.conversations for stage in self.curriculum):
-            raise ValueError(
-                "objectives.conformance is not right under tensor parallelism, where a rank sees its own heads alone: "
-                "set layout.tp to 1, objectives.conformance to 0, or the conversations of every stage to 0"
-            )
         if self.curriculum[-1].until:
             raise ValueError("the last curriculum stage can't have `until`: it takes the steps that the others saved")
         return self

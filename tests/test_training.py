@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,14 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from stackpkg import params, runs
 from stackpkg.data import (
-    conversations,
     curriculum,
-    labelled,
-    longrange,
-    preferences,
     provenance,
     shards,
-    sources,
     tokenizer,
 )
 from stackpkg.data import manifest as versions
@@ -40,7 +33,7 @@ from stackpkg.objectives import preference
 from stackpkg.params import Params, Until
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
-from stackpkg.training import launch, layout
+from stackpkg.training import launch, layout, parity
 
 SOURCE = runs.root()  # of the text: the package itself
 STEPS, TOKENS = 6, 1024
@@ -88,24 +81,8 @@ def lab(repository: Path) -> RunFolder:
     """A run whose data room has done its work, from reading the sources to the long-range tasks."""
     (repository / "alone").mkdir()  # a domain of one document, which can't be held out
     shutil.copy(SOURCE / "CONTRIBUTING.md", repository / "alone")
-    p, audit = profile(1), []
     folder = RunFolder("lab")
-    data = folder.path / "data"
-    (part,) = sources.write_parts(p.data.sources, data / "parts", p.data.part_mb, audit)
-    found = pq.read_table(part)
-    keep = pa.table({"record_id": found["record_id"], "trust": pa.repeat(1.0, len(found))})
-    model = tokenizer.train_tokenizer(found["text"].to_pylist(), p.data.vocab_size)
-    manifest = shards.build(data, shards.partition([part], keep, data, p.data), model, p.data)
-    stamp, corpus = {tokenizer.STAMP: manifest[tokenizer.STAMP]}, Corpus(data)
-    held = {str(record) for record in corpus.records[corpus.split == "validation"]}
-    mined = labelled.mine(found, held, p.auxiliary, p.evaluation.pairs)
-    pairs = labelled.encode(mined, model, p.auxiliary)
-    provenance.write(data / "pairs.parquet", pairs, **stamp)
-    chosen = preferences.encode(labelled.load(p.auxiliary, mined).preferences, model, 8, 16)
-    provenance.write(data / "preferences.parquet", chosen, **stamp)
-    provenance.write(data / "conversations.parquet", conversations.generate(p, corpus, model), **stamp)
-    shutil.copy(SOURCE / "params/scopes.yaml", data)
-    provenance.write(data / "long_range.parquet", longrange.generate(p), **stamp)
+    parity.prepare(folder.path, profile(1))
     return folder
 
 

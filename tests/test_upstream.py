@@ -21,8 +21,8 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.fsdp import _get_fsdp_policy_kwargs
 from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 
+from stackpkg.model.tensor_parallel import ReplicatedGradSum
 from stackpkg.training import layout
-from stackpkg.training.mesh import ReplicatedGradSum
 
 
 def tiny(config: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from stackpkg.model import tensor_parallel as tensor_parallel  # registers its styles
 from stackpkg.model.configuration import StackConfig
 from stackpkg.model.modeling import StackForCausalLM, attention_statistics, build
 

@@ -24,6 +24,7 @@ class StackConfig(PreTrainedConfig):
         **{f"layers.*.{tier}_norm": "replicated_with_grad_allreduce"
            for tier in ("self_attn.q", "self_attn.k", "cross_attn.q", "cross_attn.k")},
         "layers.*.self_attn.pool": "replicated_with_grad_allreduce",
+        "layers.*.self_attn": "all_heads",
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",

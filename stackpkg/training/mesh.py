@@ -11,8 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _AllReduceBackward
-from transformers.distributed.tensor_parallel import TensorParallelLayer
 
 from stackpkg.params import Layout
 
@@ -79,30 +77,3 @@ def parts(tensor: Tensor) -> int:
         return 1
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
     return math.prod(size for size, placement in sizes if not placement.is_replicate())
-
-
-class ReplicatedGradSum(TensorParallelLayer):
-    """A replicated parameter that sees only this rank's heads: its gradient is summed over tensor-parallel ranks.
-
-    The style of transformers 5.23 sums the accumulated `.grad` again after every micro-batch, so with accumulation the
-    q- and k-norms of Qwen3 learn from a multiple of what they should. Here the gradient is summed on its way in.
-    """
-
-    def install_forward(self, module: torch.nn.Module, mesh: object) -> torch.nn.Module:
-        original, group = module.forward, mesh.get_group()  # type: ignore[attr-defined]
-
-        def forward(*args: object, **kwargs: object) -> object:
-            kept = dict(module._parameters)
-            for name, parameter in kept.items():
-                if parameter is not None:
-                    module._parameters[name] = _AllReduceBackward.apply(parameter, group)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                module._parameters.update(kept)
-
-        module.forward = forward
-        return module
-
-
-ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", ReplicatedGradSum())  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from stackpkg import model as models
 from stackpkg import params, runs
-from stackpkg.data import labelled, longrange, provenance, shards, sources, tokenizer
+from stackpkg.data import conversations, labelled, longrange, preferences, provenance, shards, sources, tokenizer
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.stream import Stream
 from stackpkg.params import Params
@@ -65,7 +65,7 @@ def profile(model: str, sizes: dict[str, Any], every_steps: int = STEPS, **train
     config = MODELS[model]
     stack = {"kind": "stack", "config": config}
     auto = {"kind": "auto", "config": {"model_type": model, **config}}
-    ramps: dict[str, Any] = {"ramp_steps": {}, "norms_every": 0, "z_loss": 0.001}
+    ramps: dict[str, Any] = {"ramp_steps": {}, "norms_every": 0, "z_loss": 0.001, "preference": 0.1}
     values: dict[str, Any] = {
         "data": {
             "sources": [{"kind": "folder", "path": str(runs.root() / path), "domain": domain}
@@ -73,8 +73,9 @@ def profile(model: str, sizes: dict[str, Any], every_steps: int = STEPS, **train
             "vocab_size": 512, "shard_tokens": 50_000, "validation_share": 0.1, "longest_document": 128,
             "max_epochs": 100, "workers": 1,
         },
-        "curriculum": [{"steps": STEPS, "context": 64, "long_range": 0.25}],
-        "auxiliary": {"pairs": 80, "query_tokens": 8, "document_tokens": 16, "long_range_tasks": 32},
+        "curriculum": [{"steps": STEPS, "context": 64, "long_range": 0.25, "preferences": 1.0, "conversations": 1.0}],
+        "auxiliary": {"pairs": 80, "query_tokens": 8, "document_tokens": 16, "long_range_tasks": 32,
+                      "conversations": 32, "conversation_tokens": 192},
         "model": stack if model == "stackpkg" else auto,
         "objectives": ramps,
         "optimization": {"learning_rate": 1e-3, "warmup_steps": 1, "floor": 1e-4, "ema_decay": 0.9},
@@ -86,9 +87,9 @@ def profile(model: str, sizes: dict[str, Any], every_steps: int = STEPS, **train
     return params.validate(values)
 
 
-def prepare(folder: Path) -> None:
-    """A small corpus from the package's own text, with retrieval pairs and long-range tasks."""
-    p, audit = profile("stackpkg", {}), list[dict[str, Any]]()
+def prepare(folder: Path, p: Params) -> None:
+    """A small corpus from the package's own text, with pairs, preferences, conversations and long-range tasks."""
+    audit = list[dict[str, Any]]()
     data = folder / "data"
     parts = sources.write_parts(p.data.sources, data / "parts", p.data.part_mb, audit)
     found = pa.concat_tables([pq.read_table(part) for part in parts])
@@ -97,8 +98,12 @@ def prepare(folder: Path) -> None:
     manifest = shards.build(data, shards.partition(parts, keep, data, p.data), words, p.data)
     stamp, corpus = {tokenizer.STAMP: manifest[tokenizer.STAMP]}, Corpus(data)
     held = {str(record) for record in corpus.records[corpus.split == "validation"]}
-    pairs = labelled.encode(labelled.mine(found, held, p.auxiliary, p.evaluation.pairs), words, p.auxiliary)
-    provenance.write(data / "pairs.parquet", pairs, **stamp)
+    mined = labelled.mine(found, held, p.auxiliary, p.evaluation.pairs)
+    provenance.write(data / "pairs.parquet", labelled.encode(mined, words, p.auxiliary), **stamp)
+    chosen = preferences.encode(labelled.load(p.auxiliary, mined).preferences, words, 8, 16)
+    provenance.write(data / "preferences.parquet", chosen, **stamp)
+    provenance.write(data / "conversations.parquet", conversations.generate(p, corpus, words), **stamp)
+    shutil.copy(support.TABLE.parents[1] / "params/scopes.yaml", data)
     provenance.write(data / "long_range.parquet", longrange.generate(p), **stamp)
 
 
@@ -233,7 +238,7 @@ def plan(wanted: Iterable[tuple[str, str]]) -> dict[int, list[dict[str, Any]]]:
 
 def measure(folder: Path, wanted: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
     """A row for each (layout, model): its processes and either its differences or its error."""
-    prepare(folder)
+    prepare(folder, profile("stackpkg", {}))
     rows, groups = [], plan(wanted)
     for processes, cases in groups.items():
         for each in cases:  # new processes for each: gloo keeps the threads of every group there ever was (torch 2.13)
