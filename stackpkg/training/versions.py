@@ -99,7 +99,7 @@ def describe(
         "data": data,
         "layout": p.layout.model_dump(mode="json"),
         "versions": {"architecture": architecture(config, artifacts), "router": ROUTER, "retriever": RETRIEVER},
-        "config": dict(config),
+        "config": {name: value for name, value in config.items() if name != "_name_or_path"},  # of this machine
     }
 
 
