@@ -297,6 +297,13 @@ def test_no_item_of_the_checklist_is_red(smoke: Smoke) -> None:
 
 
 @pytest.mark.pipeline
+def test_each_kind_of_spreading_was_launched(smoke: Smoke) -> None:
+    found = smoke.folder.evidence("21_launch_distributed")
+    assert (found["kinds_launched"], found["kinds_refused"]) == (3, 0)
+    assert 0 < found["kinds_max_difference"] < 1e-4
+
+
+@pytest.mark.pipeline
 def test_evidence_is_strict_json_of_every_notebook(smoke: Smoke) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
