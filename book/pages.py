@@ -180,6 +180,22 @@ def support(found: dict[str, Any]) -> str:
     return note + "\n" + table(" | ".join(["layout", *names]), rows)
 
 
+def faults(found: dict[str, Any]) -> str:
+    """What each drill did to a job, and how the job went on."""
+    rows = []
+    for row in found["rows"]:
+        difference = "to the bit" if row["same"] else f"{row['loss_difference']:+.1e}"
+        again = f"{row['again']}" if row["attempts"] > 1 else ""
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
+        went = ", ".join(row["went"]) or "nothing to do"
+        rows.append(list(map(text, (row["fault"], went, again, str(row["rows_missing"]), difference, seconds))))
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    machine = ", ".join(f"{value} {key}" if key == "cores" else value for key, value in found["machine"].items())
+    note = f"{len(rows)} faults, {text(found['at'][:10])}, {text(machine)}, {text(versions)}\\.\n\n"
+    head = ["fault", "how it went on", "steps again", "rows lost", "weights and last loss", "seconds"]
+    return note + table(" | ".join(head), rows)
+
+
 def contents(config: dict[str, Any]) -> dict[str, Any]:
     """`myst.yml` without the parts that have no page yet: mystmd reports such a pattern as an error, but goes on."""
 
@@ -200,6 +216,7 @@ def main(folder: Path) -> None:
         "archive": archive(run, folder),
         "parameters": parameters(),
         "support": support(runs.read_json(Path("support.json"))),
+        "faults": faults(runs.read_json(Path("faults.json"))),
     }
     for name, fragment in fragments.items():
         runs.write_text(Path("generated", f"{name}.md"), fragment)

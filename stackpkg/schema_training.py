@@ -66,6 +66,9 @@ class Layout(Section):
     )
     restarts: int = Field(1, ge=0, le=100, description="times torch elastic restarts all ranks after one died")
     timeout_minutes: float = Field(20.0, gt=0, description="a launch that runs longer is stopped")
+    hang_minutes: float = Field(
+        8.0, gt=0, le=1440, description="a rank without a forward pass for so long writes its stacks and ends"
+    )
 
     @property
     def replicas(self) -> int:  # copies of the whole model (HSDP)

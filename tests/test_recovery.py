@@ -160,7 +160,7 @@ def test_faults_strike_where_they_are_told_to() -> None:
     assert same([parameter.grad for parameter in model.parameters()], clean)
     inject(fault, model, optimizer, settle, **at)
     assert sum(int(parameter.grad.isnan().sum()) for parameter in model.parameters()) == 1
-    with pytest.raises(ValueError, match="unknown fault 'bit_flip'; known: kill, kill_saving, nan_gradient"):
+    with pytest.raises(ValueError, match="unknown fault 'bit_flip'; known: kill, terminate, kill_saving, hang"):
         inject({"kind": "bit_flip", "step": 1}, model, optimizer, settle, **at)
 
 

@@ -11,8 +11,8 @@ from stackpkg.telemetry import rows
 from stackpkg.telemetry.rows import RowWriter
 
 
-def write(folder: Path, attempt: int, rank: int, steps: range, **series: float) -> RowWriter:
-    writer = RowWriter(folder, "demo", attempt, rank)
+def write(folder: Path, attempt: int, rank: int, steps: range, ranks: int = 1, **series: float) -> RowWriter:
+    writer = RowWriter(folder, "demo", attempt, rank, ranks)
     for step in steps:
         writer.write(step, loss=10.0 * attempt + step / 10, **series)
     writer.flush()
@@ -20,7 +20,7 @@ def write(folder: Path, attempt: int, rank: int, steps: range, **series: float) 
 
 
 def test_nan_and_infinity_survive_to_parquet(tmp_path: Path) -> None:
-    writer = RowWriter(tmp_path / "job", "demo", 1, 0)
+    writer = RowWriter(tmp_path / "job", "demo", 1, 0, 1)
     for step, loss in enumerate([1.5, math.nan, math.inf, -math.inf], start=1):
         row = writer.write(step, loss=loss, nonfinite=int(not math.isfinite(loss)))
         assert (row["run"], row["attempt"], row["rank"], row["step"]) == ("demo", 1, 0, step)
@@ -42,7 +42,7 @@ def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
     write(tmp_path, 2, 0, range(4, 7))
     table = rows.read(tmp_path)
     assert list(zip(table.attempt, table.step, strict=True)) == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
-    assert rows.missing(table, 6, 1) == 0
+    assert rows.missing(table, 6) == 0
     assert json.loads(path.read_text().splitlines()[-1])["step"] == 6
 
 
@@ -53,7 +53,7 @@ def test_a_whole_last_line_gets_no_empty_line_after_it(tmp_path: Path) -> None:
 
 
 def test_rows_reach_the_disk_in_blocks(tmp_path: Path) -> None:
-    writer = RowWriter(tmp_path, "demo", 1, 0)
+    writer = RowWriter(tmp_path, "demo", 1, 0, 1)
     seen = []
     for step in range(1, 2 * rows.FLUSH_ROWS + 2):
         writer.write(step)
@@ -78,13 +78,24 @@ def test_the_history_that_counts_takes_the_latest_attempt(tmp_path: Path) -> Non
 
 
 def test_missing_counts_every_gap(tmp_path: Path) -> None:
-    write(tmp_path, 1, 0, range(1, 7))
-    write(tmp_path, 1, 1, range(1, 4))
+    write(tmp_path, 1, 0, range(1, 7), ranks=3)
+    write(tmp_path, 1, 1, range(1, 4), ranks=3)
     table = rows.read(tmp_path)
-    assert rows.missing(table, 6, 2) == 3  # rank 1 lacks steps 4 to 6
-    assert rows.missing(table, 3, 2) == 0
-    assert rows.missing(table, 6, 3) == 9  # and rank 2 never wrote
-    assert rows.missing(table[table.step != 2], 3, 2) == 2
+    assert rows.missing(table, 6) == 9  # rank 1 lacks steps 4 to 6, and rank 2 never wrote
+    assert rows.missing(table, 3) == 3
+    assert rows.missing(table[table.step != 2], 3) == 5
+    assert rows.missing(table, 7) == 12  # of a step that nobody wrote, as many as there ever were
+
+
+def test_a_job_that_goes_on_with_other_ranks_lacks_nothing(tmp_path: Path) -> None:
+    for attempt, ranks, steps in ((1, 2, range(1, 6)), (2, 1, range(4, 8)), (3, 4, range(7, 10))):
+        for rank in range(ranks):
+            write(tmp_path, attempt, rank, steps, ranks=ranks)
+    table = rows.read(tmp_path)
+    assert rows.missing(table, 9) == 0
+    kept = rows.effective(table)
+    assert kept.groupby("step")["rank"].nunique().tolist() == [2, 2, 2, 1, 1, 1, 4, 4, 4]
+    assert kept.groupby("step").attempt.nunique().eq(1).all(), "a step is of one attempt"
 
 
 def test_no_rows_are_an_error_that_says_so(tmp_path: Path) -> None:

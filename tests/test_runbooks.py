@@ -61,7 +61,7 @@ def test_commands_parameters_and_files_exist(name: str) -> None:
 def made_up_run() -> Path:
     """A run with telemetry and reports enough to look at."""
     folder = runs.RunFolder("test-runbooks")
-    writer = RowWriter(folder.path / "telemetry/train", folder.name, attempt=1, rank=0)
+    writer = RowWriter(folder.path / "telemetry/train", folder.name, attempt=1, rank=0, ranks=1)
     names = "loss grad_norm learning_rate activation_outlier_rate loss_contrastive loss_load_balance loss_gate_entropy "
     names += "router_entropy router_entropy_min router_usage_max masked_edge_share "
     names += "attention_entropy_mean attention_entropy_std "

@@ -24,6 +24,7 @@ from stackpkg.runs import RunFolder, read_json, write_json, write_text
 from stackpkg.sweep import findings, study
 from stackpkg.sweep.space import excess
 from stackpkg.telemetry import guard
+from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training.stop import Stopped
 
 VALUES: dict[str, Any] = {
@@ -442,6 +443,18 @@ def test_without_a_diverged_run_there_is_no_threshold() -> None:
     assert made.threshold.isna().all() and not made.holds.any()
     assert made.verdict.str.startswith("not separable: no diverged run").all()
     assert made.healthy["TrainLossSpike"] == 0, "four steps are too few for a window: no score, not a score of 0"
+
+
+def test_what_the_ladder_mended_is_no_proof_of_health(folder: RunFolder) -> None:
+    told = folder.path / "telemetry/trial"
+    for attempt, steps, nonfinite in ((1, [1, 2], 1), (2, [2, 3], 0)):
+        writer = RowWriter(told, "demo", attempt, 0, 1)
+        for step in steps:
+            writer.write(step, loss_language_modelling=7.0 - step, nonfinite=nonfinite * int(step == 2))
+        writer.flush()
+    table = findings.history(folder, "trial")
+    assert table.attempt.tolist() == [1, 2, 2] and table.nonfinite.tolist() == [0, 1, 0]
+    assert findings.diverged(table)
 
 
 def test_a_run_diverged_when_it_is_not_finite_or_ends_above_its_beginning() -> None:

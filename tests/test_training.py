@@ -230,7 +230,7 @@ def test_rows_tell_of_both_stages_and_of_time(lab: RunFolder, spread) -> None:
     assert (table[["step_seconds", "tokens_per_second", "memory_mb"]] > 0).all(axis=None)
     assert (table.masked_edge_share == 0).all() and table.router_entropy_min.between(0, 1).all()
     both = pd.read_parquet(lab.path / "telemetry/two_twice.parquet")
-    assert rows.missing(both, STEPS, 2) == 0 and len(both) == 2 * STEPS
+    assert rows.missing(both, STEPS) == 0 and len(both) == 2 * STEPS
 
 
 def test_a_bad_gradient_is_skipped_without_a_trace(lab: RunFolder, alone, spread) -> None:
@@ -255,7 +255,7 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(lab: RunFolder, spread, 
     attempts = read_json(lab.path / "checkpoints/killed/attempts.json")
     assert [attempt["resumed_from"] for attempt in attempts] == [None, "checkpoint-4"]
     table = pd.read_parquet(lab.path / "telemetry/killed.parquet")
-    assert rows.missing(table, STEPS, 2) == 0
+    assert rows.missing(table, STEPS) == 0
     for rank in (0, 1):
         mine = history(lab, "killed", rank)
         assert mine.attempt.tolist() == [1, 1, 1, 1, 2, 2]

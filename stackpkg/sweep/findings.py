@@ -25,12 +25,15 @@ DEFINING = ("nonfinite", "update_skipped")  # series that say that a run diverge
 
 
 def history(folder: RunFolder, job: str) -> pd.DataFrame:
-    """Rows of one trial by step; empty when it ended before its first."""
+    """Rows of one trial by step; empty when it ended before its first. A step that was not finite in any attempt stays
+    so: what the ladder mended is no proof of health."""
     try:
-        table = rows.effective(rows.read(folder.path / "telemetry" / job))
+        table = rows.read(folder.path / "telemetry" / job)
     except FileNotFoundError:
         return pd.DataFrame()
-    return table[table["rank"] == 0].set_index("step")
+    kept = rows.effective(table)
+    kept["nonfinite"] = kept["step"].map(table.groupby("step")["nonfinite"].max())
+    return kept[kept["rank"] == 0].set_index("step")
 
 
 def diverged(table: pd.DataFrame) -> bool:

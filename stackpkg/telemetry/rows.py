@@ -6,7 +6,7 @@ Non-finite values are kept as they are: a NaN that telemetry hides can't raise a
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,20 @@ FLUSH_ROWS = 8
 
 
 class RowWriter:
-    """Appends rows of one rank and attempt; flushed in blocks, at every checkpoint and at the end."""
+    """Appends rows of one rank, out of `ranks`, and attempt; flushed in blocks, at every checkpoint and at the end."""
 
-    def __init__(self, folder: Path, run: str, attempt: int, rank: int) -> None:
+    def __init__(self, folder: Path, run: str, attempt: int, rank: int, ranks: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank-{rank:05d}.jsonl"
         torn = path.exists() and not path.read_bytes().endswith(b"\n")
         self._stream = path.open("a", encoding="utf-8")
         if torn:  # the attempt before was killed in the middle of a line
             self._stream.write("\n")
-        self._key = {"run": run, "attempt": attempt, "rank": rank}
+        self._key = {"run": run, "attempt": attempt, "rank": rank, "ranks": ranks}
         self._pending = 0
 
     def write(self, step: int, **series: Any) -> dict[str, Any]:
-        row = {**self._key, "step": step, "time": datetime.now(UTC).timestamp(), **series}
+        row = {**self._key, "step": step, "time": time.time(), **series}
         self._stream.write(json.dumps(row) + "\n")
         self._pending += 1
         if self._pending >= FLUSH_ROWS:
@@ -59,14 +59,17 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def effective(rows: pd.DataFrame) -> pd.DataFrame:
-    """The history that counts: for each rank and step the row of the latest attempt."""
-    return rows.sort_values(KEY).drop_duplicates(["run", "rank", "step"], keep="last", ignore_index=True)
+    """The history that counts: of each step the rows of the latest attempt."""
+    latest = rows.groupby(["run", "step"])["attempt"].transform("max")
+    return rows[rows["attempt"] == latest].sort_values(KEY).drop_duplicates(KEY, keep="last", ignore_index=True)
 
 
-def missing(rows: pd.DataFrame, steps: int, ranks: int) -> int:
-    """How many (rank, step) of the effective history have no row; 0 when telemetry is complete."""
-    have = set(map(tuple, effective(rows)[["rank", "step"]].itertuples(index=False)))
-    return sum((rank, step) not in have for rank in range(ranks) for step in range(1, steps + 1))
+def missing(rows: pd.DataFrame, steps: int) -> int:
+    """How many (rank, step) of the effective history have no row; 0 when telemetry is complete. A step has as many
+    ranks as the attempt that made it; one without any row, as many as there ever were."""
+    found = effective(rows)
+    ranks, have = found.groupby("step")["ranks"].max(), found.groupby("step")["rank"].nunique()
+    return sum(int(ranks.get(step, rows["ranks"].max())) - int(have.get(step, 0)) for step in range(1, steps + 1))
 
 
 def compact(folder: Path) -> Path:

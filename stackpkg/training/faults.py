@@ -1,24 +1,40 @@
-"""Faults on purpose: what drills the ladder and the tests do to a running job."""
+"""Faults on purpose: what drills of the ladder and the tests do to a running job."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stackpkg.training.mesh import local
 
-KINDS = ("kill", "kill_saving", "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "nan_moment")
+LOSSES = {"nan_loss": float("nan"), "inf_loss": float("inf")}
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
+KINDS = (
+    *SIGNALS, "kill_saving", "hang", "disk_full", "clock_back", *LOSSES,
+    "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "nan_moment",
+)  # fmt: skip
+ROOM = 1 << 16  # bytes that a file may have once the disk is full
 
 
 def meant(fault: dict[str, Any], here: dict[str, Any]) -> bool:
     """Whether the fault names this place."""
     named = {key: value if isinstance(value, list) else [value] for key, value in fault.items() if key in here}
     return all(here[key] in values for key, values in named.items())
+
+
+def spoilt(loss: Tensor, faults: Iterable[dict[str, Any]], here: dict[str, Any]) -> Tensor:
+    """The loss of a micro-batch before its backward pass; not a number where a `nan_loss` or `inf_loss` is meant."""
+    for fault in faults:
+        if fault["kind"] in LOSSES and meant(fault, here):
+            loss = loss * LOSSES[fault["kind"]]
+    return loss
 
 
 @torch.no_grad()
@@ -28,24 +44,41 @@ def inject(
     """Do the damage that `fault` asks for, between the backward pass and the update, if it names this place.
 
     `here` is step (from 1), rank, attempt, cursor (step of the data, from 0) and precision; a fault names any of them,
-    by a value or a list of values. Kinds: `kill` (SIGKILL, as the machine would, but after `settle`: a drill ends the
-    same each time); NaN or infinity in one number of a gradient, or a gradient 10,000 times as large; NaN in one number
-    of a weight or of Adam's first moment, from which the next gradients are none. `kill_saving`, a kill while the
-    checkpoint of a step is written, is done there. Raises `ValueError` for an unknown kind.
+    by a value or a list of values. Kinds: `kill` and `terminate` (SIGKILL and SIGTERM, as the machine would, but after
+    `settle`: a drill ends the same each time); `hang`, for ever; `disk_full`, from when on no file grows beyond `ROOM`
+    bytes; `clock_back`, by a day; NaN or infinity in one number of a gradient, or a gradient 10,000 times as large; NaN
+    in one number of a weight or of Adam's first moment, from which the next gradients are none. Done elsewhere are
+    `kill_saving`, while the checkpoint of a step is written, and the losses of `spoilt`.
+    Raises `ValueError` for an unknown kind.
     """
-    if fault["kind"] not in KINDS:
-        raise ValueError(f"unknown fault {fault['kind']!r}; known: {', '.join(KINDS)}")
-    if fault["kind"] == "kill_saving" or not meant(fault, here):
+    kind = fault["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"unknown fault {kind!r}; known: {', '.join(KINDS)}")
+    if kind == "kill_saving" or kind in LOSSES or not meant(fault, here):
         return
-    if fault["kind"] == "kill":
+    if kind in SIGNALS:
         settle()
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), SIGNALS[kind])
+        time.sleep(60)  # a signal that Python handles comes a little later
+    elif kind == "hang":
+        while True:
+            time.sleep(60)
+    elif kind == "disk_full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
+    elif kind == "clock_back":
+        real = time.time
+        time.time = lambda: real() - 86_400
+    else:
+        _damage(kind, model, optimizer)
+
+
+def _damage(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     learning = [(p, p.grad) for p in model.parameters() if p.grad is not None and local(p).numel()]
-    if fault["kind"] == "spike_gradient":
+    if kind == "spike_gradient":
         for _, gradient in learning:
             local(gradient).mul_(1e4)
         return
     first, gradient = learning[0]
     places = {"nan_parameter": first, "nan_moment": optimizer.state[first].get("exp_avg", first)}
-    value = float("inf" if fault["kind"] == "inf_gradient" else "nan")
-    local(places.get(fault["kind"], gradient)).view(-1)[0] = value
+    value = float("inf" if kind == "inf_gradient" else "nan")
+    local(places.get(kind, gradient)).view(-1)[0] = value

@@ -19,11 +19,10 @@ from transformers.distributed import DistributedConfig
 from stackpkg.params import Params
 from stackpkg.training import staged
 
-COLLECTIVE = timedelta(minutes=10)  # a rank that is silent for longer is taken for dead
 
-
-def start() -> tuple[int, int]:
-    """Join the process group that torchrun describes in the environment; (rank, ranks). Alone: a group of one."""
+def start(silent: float = 10.0) -> tuple[int, int]:
+    """Join the process group that torchrun describes in the environment; (rank, ranks). Alone: a group of one. A rank
+    that leaves the others waiting for more than `silent` minutes is taken for dead."""
     cuda, told = torch.cuda.is_available(), os.environ
     if cuda:
         torch.cuda.set_device(int(told.get("LOCAL_RANK", 0)))
@@ -35,7 +34,7 @@ def start() -> tuple[int, int]:
         kept = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), ranks, is_master=False)
         store = dist.PrefixStore(f"restart-{told['TORCHELASTIC_RESTART_COUNT']}", kept)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=silent))
     return rank, ranks
 
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArgument
 from transformers.utils import logging
 
 from stackpkg import model as models
-from stackpkg import params, runs
+from stackpkg import params
 from stackpkg.data import conversations, labelled, longrange, preferences, provenance, shards, sources, tokenizer
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.stream import Stream
@@ -68,7 +68,7 @@ def profile(model: str, sizes: dict[str, Any], every_steps: int = STEPS, **train
     ramps: dict[str, Any] = {"ramp_steps": {}, "norms_every": 0, "z_loss": 0.001, "preference": 0.1}
     values: dict[str, Any] = {
         "data": {
-            "sources": [{"kind": "folder", "path": str(runs.root() / path), "domain": domain}
+            "sources": [{"kind": "folder", "path": str(support.TABLE.parents[1] / path), "domain": domain}
                         for path, domain in (("stackpkg", ""), ("book/runbooks", "documentation"))],
             "vocab_size": 512, "shard_tokens": 50_000, "validation_share": 0.1, "longest_document": 128,
             "max_epochs": 100, "workers": 1,

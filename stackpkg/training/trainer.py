@@ -30,7 +30,7 @@ from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import riders, versions
 from stackpkg.training.ema import ShardedEMA, reshard
-from stackpkg.training.faults import inject
+from stackpkg.training.faults import inject, spoilt
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_beta
@@ -73,7 +73,7 @@ class StackTrainer(Resumable):
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = Skips(guard.named("TrainGradSpike")), guard, faults
         self.retriever = Retriever(stream, p)
-        self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank)
+        self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank, dist.get_world_size())
         self._mark, self._update_skipped = time.perf_counter(), False
         self._probed, self._row = dict[str, float](), dict[str, Any]()
         known = stream.manifest_digest, model.config.to_dict(), folder / "artifacts"
@@ -117,6 +117,7 @@ class StackTrainer(Resumable):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         total, outputs = self.loss(model, inputs, self.counts)
+        total = spoilt(total, self.faults, self._here())
         return (total, outputs) if return_outputs else total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -128,16 +129,19 @@ class StackTrainer(Resumable):
         return pipeline.add(self._prepare_inputs(inputs), self.counts, self.p.training.accumulation)
 
     # ---- update
+    def _here(self) -> dict[str, Any]:
+        """What a fault may name."""
+        step, precision = self.state.global_step, self.p.training.precision
+        cursor = self.stream.plan.position(step)
+        return {"step": step + 1, "rank": self.rank, "attempt": self.attempt, "precision": precision, "cursor": cursor}
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        step = self.state.global_step
-        here = {"step": step + 1, "rank": self.rank, "attempt": self.attempt, "precision": self.p.training.precision}
         for fault in self.faults:
-            cursor, optimizer = self.stream.plan.position(step), self.optimizer.optimizer
-            inject(fault, model, optimizer, self.saver.settle, cursor=cursor, **here)
+            inject(fault, model, self.optimizer.optimizer, self.saver.settle, **self._here())
         self.saver.staged()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = self.mesh.clip(gradients, self.args.max_grad_norm)
-        self._update_skipped = self.skips.check(model, norm, step + 1)
+        self._update_skipped = self.skips.check(model, norm, self.state.global_step + 1)
         # accelerate reports the step as skipped, so Trainer does not advance the schedule either
         self.optimizer._is_overflow = self._update_skipped
         return norm
@@ -145,12 +149,15 @@ class StackTrainer(Resumable):
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *rest: Any, **more: Any
     ) -> None:
-        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+        logged = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        if logged:
             self.composer.after_step(not self._update_skipped, self.mesh.data)
             if not self._update_skipped:
                 self.ema.update()
             self._row = self._measure(float(tr_loss), float(grad_norm), more["learning_rate"])
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *rest, **more)
+        if logged:  # it was subtracted from itself, which leaves NaN what is NaN (transformers 5.23)
+            tr_loss.zero_()
         self._write_row()
         self._mark = time.perf_counter()
 

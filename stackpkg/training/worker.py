@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,27 +22,12 @@ from stackpkg.params import Params
 from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import rows
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training import layout, recovery, snapshots, stop
+from stackpkg.telemetry.rows import RowWriter
+from stackpkg.training import attempts, hang, layout, recovery, stop
 from stackpkg.training.mesh import Mesh, build
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.recovery import StopFile
 from stackpkg.training.trainer import StackTrainer
-
-
-def _begin(home: Path, rank: int) -> tuple[int, Path | None]:
-    """Rank 0 counts the attempt and picks the checkpoint to resume from; the others hear it."""
-    told: list[Any] = [None]
-    if rank == 0:
-        attempts = read_json(home / "attempts.json") if (home / "attempts.json").exists() else []
-        checkpoint, complaints = snapshots.latest(home)
-        for complaint in complaints:
-            print(f"[{home.name}] set aside {complaint}", flush=True)
-        attempts.append({"at": now(), "resumed_from": checkpoint.name if checkpoint else None, "aside": complaints})
-        write_json(home / "attempts.json", attempts)
-        told = [(len(attempts), str(checkpoint) if checkpoint else None)]
-    dist.broadcast_object_list(told)
-    attempt, path = told[0]
-    return attempt, Path(path) if path else None
 
 
 def _precision(home: Path, p: Params) -> Params:
@@ -58,14 +44,21 @@ def run(job_file: Path) -> None:
     """
     job, home = read_json(job_file), job_file.parent
     folder, p = home.parents[1], params.validate(job["params"])
-    layout.start()
-    mesh, rung = build(p.layout), 0
+    layout.start(p.layout.hang_minutes + 2)  # so that ranks tell where they wait before the wait breaks off
+    mesh = build(p.layout)
+    watch = hang.Watch(home, dist.get_rank(), p.layout.hang_minutes)
+    held = _precision(home, p).training.precision != p.training.precision  # what a rung said that lasts to the end
+    rung = recovery.RUNGS.index("fp32") + 1 if held else 0
     while True:
         try:
-            _attempt(job, home, folder, _precision(home, p), mesh, rung)
+            _attempt(job, home, folder, _precision(home, p), mesh, rung, watch)
             break
         except recovery.RollBack as fault:
             rung = _climb(home, fault, _precision(home, p).training.precision)
+            number, broken = len(attempts.read(home)), {"loss": math.nan, "grad_norm": math.nan, "nonfinite": 1}
+            kept = RowWriter(folder / "telemetry" / home.name, p.run, number, dist.get_rank(), dist.get_world_size())
+            kept.write(fault.last, update_skipped=1, recovery_rung=rung, **broken)  # of the step that broke off
+            kept.flush()
             if recovery.RUNGS[rung - 1] == "stop":
                 break  # without a report, and without an error: torch elastic would only try the same again
         gc.collect()  # the model of that attempt
@@ -76,9 +69,8 @@ def _climb(home: Path, fault: recovery.RollBack, precision: str) -> int:
     """The number of the next rung: rank 0 climbs, the others hear of it. What it raises, all raise."""
     told: list[Any] = [None]
     if dist.get_rank() == 0:
-        attempt = len(read_json(home / "attempts.json"))
         try:
-            told = [recovery.climb(home, attempt, fault, precision)]
+            told = [recovery.climb(home, len(attempts.read(home)), fault, precision)]
         except Exception as error:  # whatever it is, the others must not wait
             told = [error]
         print(f"[{home.name}] {fault}: {told[0]}", flush=True)
@@ -88,9 +80,11 @@ def _climb(home: Path, fault: recovery.RollBack, precision: str) -> int:
     return recovery.RUNGS.index(told[0]) + 1
 
 
-def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int) -> None:
+def _attempt(
+    job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int, watch: hang.Watch
+) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    attempt, checkpoint = _begin(home, rank)
+    attempt, checkpoint = attempts.begin(home)
     if rank == 0:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
         print(f"[{job['name']}] attempt {attempt} {source} on {ranks} process(es)", flush=True)
@@ -125,12 +119,15 @@ def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mes
     trainer.remove_callback(PrinterCallback)
     asked = StopFile(home)
     trainer.add_callback(asked)
+    trainer.add_callback(watch)
+    watch.listen(model)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except recovery.RollBack:
         trainer.saver.wait()  # all ranks are here, and the next attempt begins from what is on disk
         raise
     finally:
+        watch.rest()
         trainer.rows.flush()
     if asked.seen:
         dist.barrier()

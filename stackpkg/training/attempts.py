@@ -1,0 +1,59 @@
+"""The attempts of a job, in `attempts.json` of its folder: when each began, from what, and what the one before left."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from stackpkg.runs import now, read_json, write_json
+from stackpkg.training import hang, snapshots
+
+FILE = "attempts.json"
+
+
+def read(home: Path) -> list[dict[str, Any]]:
+    """All attempts so far; none of a job that did not begin."""
+    return read_json(home / FILE) if (home / FILE).exists() else []
+
+
+def code() -> str:
+    """16 digits over the sources of the package: a checkpoint says little of what another code makes of it."""
+    package, found = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def begin(home: Path) -> tuple[int, Path | None]:
+    """Rank 0 counts the attempt and picks the checkpoint to resume from; the others hear it. A collective."""
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        before, sources = read(home), code()
+        checkpoint, complaints = snapshots.latest(home)
+        this: dict[str, Any] = {
+            "at": now(),
+            "resumed_from": checkpoint.name if checkpoint else None,
+            "aside": complaints,
+        }
+        this |= {"ranks": dist.get_world_size(), "code": sources}
+        said = [f"set aside {complaint}" for complaint in complaints]
+        if before and (hung := hang.found(home, before[-1]["ranks"], len(before))):
+            this["hung"] = hung
+            where = f"rank(s) {', '.join(map(str, hung['ranks']))} hung in step {hung['step']}"
+            said.append(f"attempt {len(before)}: {where}; the stacks of all ranks are in {hung['stacks']}/")
+        if before and before[-1]["code"] != sources:
+            this["code_changed"] = True
+            change = f"{before[-1]['code']} -> {sources}"
+            said.append(
+                f"the code is not that of attempt {len(before)} ({change}): what comes may differ from there on"
+            )
+        for line in said:
+            print(f"[{home.name}] {line}", flush=True)
+        write_json(home / FILE, [*before, this])
+        told = [(len(before) + 1, str(checkpoint) if checkpoint else None)]
+    dist.broadcast_object_list(told)
+    attempt, path = told[0]
+    return attempt, Path(path) if path else None
