@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from stackpkg import model as models
@@ -25,10 +25,11 @@ from stackpkg.training import layout, recovery, snapshots, stop
 from stackpkg.training.mesh import Mesh, build
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.recovery import StopFile
+from stackpkg.training.reproducibility import record
 from stackpkg.training.trainer import StackTrainer
 
 
-def _begin(home: Path, rank: int) -> tuple[int, Path | None]:
+def _begin(home: Path, rank: int, job: dict[str, Any], p: Params) -> tuple[int, Path | None]:
     """Rank 0 counts the attempt and picks the checkpoint to resume from; the others hear it."""
     told: list[Any] = [None]
     if rank == 0:
@@ -36,7 +37,9 @@ def _begin(home: Path, rank: int) -> tuple[int, Path | None]:
         checkpoint, complaints = snapshots.latest(home)
         for complaint in complaints:
             print(f"[{home.name}] set aside {complaint}", flush=True)
-        attempts.append({"at": now(), "resumed_from": checkpoint.name if checkpoint else None, "aside": complaints})
+        resumed = checkpoint.name if checkpoint else None
+        told_of = {"at": now(), "resumed_from": resumed, "aside": complaints, "record": record(job, p)}
+        attempts.append(told_of)
         write_json(home / "attempts.json", attempts)
         told = [(len(attempts), str(checkpoint) if checkpoint else None)]
     dist.broadcast_object_list(told)
@@ -90,7 +93,7 @@ def _climb(home: Path, fault: recovery.RollBack, precision: str) -> int:
 
 def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    attempt, checkpoint = _begin(home, rank)
+    attempt, checkpoint = _begin(home, rank, job, p)
     if rank == 0:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
         print(f"[{job['name']}] attempt {attempt} {source} on {ranks} process(es)", flush=True)
@@ -106,7 +109,7 @@ def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mes
     if rank == 0 and not (initial / "config.json").exists():
         models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)
     dist.barrier()
-    set_seed(p.seed)
+    enable_full_determinism(p.seed) if p.training.deterministic else set_seed(p.seed)
     model = layout.load_sharded(initial, p)
     arguments = TrainingArguments(**training_arguments(p, home, job["steps"]), use_cpu=not torch.cuda.is_available())
     trainer = StackTrainer(
