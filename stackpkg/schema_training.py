@@ -39,6 +39,7 @@ class Training(Section):
     accumulation: int = Field(1, ge=1, le=1_024, description="micro-batches per optimiser step and rank")
     epoch_steps: int = Field(12, ge=1, description="optimiser steps between two evaluations")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; master weights are fp32")
+    deterministic: bool = Field(False, description="refuse kernels whose result depends on their order; slow on a GPU")
     activation_checkpointing: int = Field(0, ge=0, description="recompute every n-th layer in the backward; 0: none")
 
 

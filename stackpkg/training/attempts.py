@@ -27,8 +27,9 @@ def code() -> str:
     return found.hexdigest()[:16]
 
 
-def begin(home: Path) -> tuple[int, Path | None]:
-    """Rank 0 counts the attempt and picks the checkpoint to resume from; the others hear it. A collective."""
+def begin(home: Path, record: dict[str, Any]) -> tuple[int, Path | None]:
+    """Rank 0 counts the attempt, with a `record` of what it computes from and on what, and picks the checkpoint to
+    resume from; the others hear it. A collective."""
     told: list[Any] = [None]
     if dist.get_rank() == 0:
         before, sources = read(home), code()
@@ -38,7 +39,7 @@ def begin(home: Path) -> tuple[int, Path | None]:
             "resumed_from": checkpoint.name if checkpoint else None,
             "aside": complaints,
         }
-        this |= {"ranks": dist.get_world_size(), "code": sources}
+        this |= {"ranks": dist.get_world_size(), "code": sources, "record": record}
         said = [f"set aside {complaint}" for complaint in complaints]
         if before and (hung := hang.found(home, before[-1]["ranks"], len(before))):
             this["hung"] = hung

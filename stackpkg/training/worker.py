@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from stackpkg import model as models
@@ -27,6 +27,7 @@ from stackpkg.training import attempts, hang, layout, recovery, stop
 from stackpkg.training.mesh import Mesh, build
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.recovery import StopFile
+from stackpkg.training.reproducibility import record
 from stackpkg.training.trainer import StackTrainer
 
 
@@ -84,7 +85,7 @@ def _attempt(
     job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int, watch: hang.Watch
 ) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    attempt, checkpoint = attempts.begin(home)
+    attempt, checkpoint = attempts.begin(home, record(job, p))
     if rank == 0:
         source = f"resumes from {checkpoint.name}" if checkpoint else "starts"
         print(f"[{job['name']}] attempt {attempt} {source} on {ranks} process(es)", flush=True)
@@ -100,7 +101,7 @@ def _attempt(
     if rank == 0 and not (initial / "config.json").exists():
         models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)
     dist.barrier()
-    set_seed(p.seed)
+    enable_full_determinism(p.seed) if p.training.deterministic else set_seed(p.seed)
     model = layout.load_sharded(initial, p)
     arguments = TrainingArguments(**training_arguments(p, home, job["steps"]), use_cpu=not torch.cuda.is_available())
     trainer = StackTrainer(
