@@ -38,6 +38,7 @@ class Drill:
 
     With `damage` the job is killed in step 6, then that is done to what lies on the disk, and it is launched again; if
     that launch must be `refused`, the text of its error says so, and `mend` is done before it is launched once more.
+    `during` is done while the job runs, when the rows of its first steps are on the disk.
     """
 
     what: str
@@ -50,7 +51,7 @@ class Drill:
     refused: str = ""
     mend: Damage | None = None
     then: int = 0  # processes of the launch after the damage, if others
-    asked: int = 0  # after the row of this step, the stop file is there
+    during: Damage | None = None
     layout: dict[str, Any] = field(default_factory=dict)
 
 
@@ -98,11 +99,15 @@ def find(folder: RunFolder, _: Path) -> None:
 def another_corpus(folder: RunFolder, _: Path) -> None:
     path = folder.path / "data/manifest.json"
     shutil.copy(path, folder.path / "manifest.kept")
-    write_json(path, read_json(path) | {"pad_id": 3})
+    runs.write_text(path, path.read_text(encoding="utf-8") + "\n")
 
 
 def same_corpus(folder: RunFolder, _: Path) -> None:
     (folder.path / "manifest.kept").replace(folder.path / "data/manifest.json")
+
+
+def ask(_: RunFolder, home: Path) -> None:
+    stop.request(home, "a drill")
 
 
 def another_code(_: RunFolder, home: Path) -> None:
@@ -142,7 +147,7 @@ DRILLS = {
     "kill_saving": Drill("kill -9 of a rank that saves", ("restart",), at(6, "kill_saving", rank=1, **ONCE),
                          processes=2),
     "terminate": Drill("SIGTERM to one rank", ("restart",), at(5, "terminate", rank=1, **ONCE), processes=2),
-    "preempted": Drill("preemption, ranks out of step", ("stopped", "launch"), processes=2, asked=3),
+    "preempted": Drill("preemption, ranks out of step", ("stopped", "launch"), processes=2, during=ask),
     "disk_full": Drill("a full disk", ("restart",), at(5, "disk_full", **ONCE), processes=2),
     "hang": Drill("a rank that hangs", ("restart", "rank 1 hung"), at(5, "hang", rank=1, **ONCE), processes=2,
                   layout={"hang_minutes": 0.1}),
@@ -155,8 +160,8 @@ DRILLS = {
                            damage=lambda folder, _: flip(tokens(folder)), mend=lambda folder, _: flip(tokens(folder))),
     "missing_shard": Drill("a shard gone", ("refused", "launch"), damage=lose, refused="corrupt or missing: shards/",
                            mend=find),
-    "another_corpus": Drill("another manifest of the data", ("refused", "launch"), damage=another_corpus,
-                            refused="this job began with", mend=same_corpus),
+    "another_corpus": Drill("another manifest of the data", ("refused", "launch"), at(12, "kill", rank=1, **ONCE),
+                            processes=2, during=another_corpus, refused="this job began with", mend=same_corpus),
     "fewer_ranks": Drill("resumed on half as many ranks", ("launch",), processes=2, damage=nothing, then=1, same=False),
     "more_ranks": Drill("resumed on twice as many ranks", ("launch",), damage=nothing, then=2, same=False),
     "another_code": Drill("resumed under other code", ("launch", "code changed"), damage=another_code),
@@ -189,26 +194,26 @@ def perform(name: str, drill: Drill, data: Path) -> dict[str, Any]:
             return str(error)
         return ""
 
-    if drill.asked:
-        threading.Thread(target=_ask, args=(drill.asked, folder), daemon=True).start()
+    if drill.during:
+        threading.Thread(target=_when_it_runs, args=(drill.during, folder, home), daemon=True).start()
     said, again = go(drill.processes), drill.then or drill.processes
     if drill.damage:
         drill.damage(folder, home)
-    if said and not (home / launch.DIAGNOSIS).exists():
+    if drill.damage or "stopped" in drill.went:
         said = go(again)
-        if drill.mend:
-            if drill.refused not in said:
-                raise AssertionError(f"{name}: the launch was not refused, it said {said!r}")
-            drill.mend(folder, home)
-            said = go(again)
+    if drill.mend:
+        if drill.refused not in said:
+            raise AssertionError(f"{name}: the launch was not refused, it said {said!r}")
+        drill.mend(folder, home)
+        said = go(again)
     return _seen(drill, folder, home, said)
 
 
-def _ask(step: int, folder: RunFolder) -> None:
+def _when_it_runs(damage: Damage, folder: RunFolder, home: Path) -> None:
     told = folder.path / "telemetry/job/rank-00000.jsonl"
-    while not (told.exists() and told.read_text().count("\n") >= step):
+    while not (told.exists() and told.read_text().count("\n") >= EVERY):
         time.sleep(0.01)
-    stop.request(folder.path / "checkpoints/job", "a drill")
+    damage(folder, home)
 
 
 def _seen(drill: Drill, folder: RunFolder, home: Path, said: str) -> dict[str, Any]:
@@ -222,7 +227,7 @@ def _seen(drill: Drill, folder: RunFolder, home: Path, said: str) -> dict[str, A
     went += ["stopped"] if any("stopped" in attempt for attempt in begun) else []
     went += ["refused"] if drill.refused else []
     if len(begun) > 1 + len(climbed):
-        went += ["launch" if drill.damage or drill.asked else "restart"]
+        went += ["launch" if drill.damage or drill.during else "restart"]
     went += ["set aside"] if any(attempt["aside"] for attempt in begun) and drill.damage else []
     hung = [attempt["hung"] for attempt in begun if "hung" in attempt]
     went += [f"rank {', '.join(map(str, each['ranks']))} hung" for each in hung]
