@@ -11,7 +11,7 @@ stack      `StackTrainer`: rows packed by the stream as they are needed, the com
 objectives the same with retrieval, long-range, load-balance, entropy and regret objectives, whose forwards and
            backwards are work that the other systems do not do
 
-A block is timed from the end of its first step to the end of training, a snapshot still under way included. The
+A block is timed from its second step to the end of training, a snapshot still under way included. The
 overhead is the median over rounds of the ratio of neighbours, with the order statistics that hold the median with at
 least 90 % (exact, of the binomial). `wall` is the clock's, `cpu` of all threads, `thread` of the one that
 computes, and least disturbed by what else the machine does. Then one block is timed part by part, in seconds of that
@@ -82,12 +82,17 @@ def now() -> tuple[float, ...]:
 
 
 class Clock(TrainerCallback):
-    """Seconds a step, from the end of the first to the end of training: `wall`, `cpu` of all threads, `thread` of this
-    one, which computes; the others write snapshots."""
+    """Seconds a step, from the second to the end of training: `wall`, `cpu` of all threads, `thread` of this one, which
+    computes; the others write snapshots."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def __init__(self, spent: dict[str, float] | None = None) -> None:
+        self.spent = spent
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1:
             self.began = now()
+            if self.spent:
+                self.spent.clear()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         took = ((end - start) / (STEPS - 1) for end, start in zip(now(), self.began, strict=True))
@@ -209,13 +214,14 @@ def parts(lab: Lab) -> dict[str, float]:
         timed("counts of the step", made, "_get_num_items_in_batch"),
         timed("composer and router statistics", made.loss, "value"),
     ]
+    made.add_callback(Clock(spent))
     try:
         with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
             made.train()
     finally:
         for each in undo:
             each()
-    return {name: seconds / STEPS for name, seconds in spent.items()}
+    return {name: seconds / (STEPS - 1) for name, seconds in spent.items()}
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
