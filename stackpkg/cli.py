@@ -115,6 +115,8 @@ def trace(
         known = 0 in ledger.stream.corpus.find([str(document)])
         named = str(document) if known else record_id(str(document))
         rows = ledger.step(step) if step is not None else ledger.document(named)
+        if not rows and document and 0 not in ledger.stream.corpus.find([named]):
+            _stop(f"no record {document!r} in the corpus: give a record id, or the whole source that it was read from")
     except ValueError as error:
         _stop(error)
     typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in rows) or "none")

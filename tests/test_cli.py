@@ -254,4 +254,4 @@ def test_trace_goes_both_ways(run: Path) -> None:
     assert "step 3  use text" in call("trace", run, "--document", record).stdout
     source = next(row["source"] for row in documents() if row["record_id"] == record)
     assert call("trace", run, "--document", source).stdout == call("trace", run, "--document", record).stdout
-    assert call("trace", run, "--document", "unknown").stdout == "none\n"
+    assert "no record 'unknown' in the corpus: give a record id" in call("trace", run, "--document", "unknown").stderr

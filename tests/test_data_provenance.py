@@ -69,7 +69,7 @@ def test_spdx(stated, hints, expected):
     ],
 )
 def test_uses_follow_the_licence(licence, copy, tools):
-    assert provenance.uses(licence) == (copy, tools)
+    assert records.uses(licence) == (copy, tools)
 
 
 def test_a_file_of_rows_carries_its_stamp(tmp_path):

@@ -204,6 +204,21 @@ def test_a_parameter_that_is_a_limit_of_the_checklist_is_declared_where_it_is_ev
     assert sections <= set(params.assigned(code("90_sign_off")[0].source))
 
 
+# what the stream reads, and what a job computes with and where; see `launch.WHERE` for what changes no number
+STREAM = {"run", "seed", "data", "curriculum", "auxiliary", "training", "layout", "evaluation", "retrieval"}
+JOB = {*params.Params.model_fields} - {"sweep", "governance"}
+
+
+@every
+def test_what_is_streamed_or_launched_gets_the_whole_profile(name: str) -> None:
+    """A section that the parameters cell does not declare is not injected: the notebook would run with its defaults."""
+    stage, source = pipeline.Stage.read(ROOT / f"notebooks/{name}.ipynb"), "\n".join(c.source for c in code(name))
+    if "launch.launch(" in source or "sweeps.run(" in source:
+        assert stage.parameters >= JOB, f"not declared: {sorted(JOB - stage.parameters)}"
+    if "Stream(" in source and name[:2] > "13":
+        assert stage.parameters >= STREAM, f"not declared: {sorted(STREAM - stage.parameters)}"
+
+
 # --- the smoke profile, executed once
 
 RUN = "test-smoke"
@@ -294,6 +309,13 @@ def test_no_item_of_the_checklist_is_red(smoke: Smoke) -> None:
             assert runs.digest(smoke.path / name) == sha, (
                 f"{item['id']}: {name} is not what the checklist was made from"
             )
+
+
+@pytest.mark.pipeline
+def test_the_job_was_launched_with_the_profile(smoke: Smoke) -> None:
+    job = runs.read_json(smoke.path / "checkpoints/train/job.json")["params"]
+    profile = smoke.p.model_dump(mode="json")
+    assert {name: value for name, value in job.items() if name in JOB} == {name: profile[name] for name in JOB}
 
 
 @pytest.mark.pipeline

@@ -75,6 +75,17 @@ def test_promotions_refusals_and_demotions_are_entered(tmp_path: Path, candidate
     assert registry["history"][5]["reason"] == "loss rose in service"
 
 
+def test_what_was_rolled_back_from_does_not_come_back_by_a_demotion(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    for version in ("v1", "v2", "v3"):
+        promotion.promote(artifacts, candidate, version, {}, [])
+    promotion.roll_back(artifacts, "v2", "v3 says what it may not")
+    assert promotion.demote(artifacts, "v2 is slow") == "v1"
+    promotion.roll_back(artifacts, "v2", "no, it was the network")
+    assert promotion.registry(artifacts)["current"] == "v2" and promotion.demote(artifacts, "it was v2") == "v1"
+    assert promotion.demote(artifacts, "and v1") is None
+
+
 def test_a_version_that_comes_back_can_be_returned_to(tmp_path: Path, candidate: Path) -> None:
     artifacts = tmp_path / "artifacts"
     for version in ("v1", "v2"):

@@ -119,6 +119,14 @@ def test_a_variant_is_validated() -> None:
         sweep.variant(P, {"objectives.contrastive": 1_000.0})
 
 
+@pytest.mark.parametrize("sizes", [{"pp": 2}, {"tp": 2}, {"fsdp": 4, "ep": 2}, {"pp": 2, "tp": 2}])
+def test_a_trial_runs_on_one_process_whatever_the_layout(sizes: dict[str, int]) -> None:
+    layout = {"processes": 4, "fsdp": 1, **sizes}
+    p = params.validate(VALUES | {"layout": layout, "training": {"batch_tokens": 16384, "accumulation": 2}})
+    made = sweep.variant(p, {}).layout
+    assert (made.processes, made.fsdp, made.tp, made.ep, made.pp) == (1, 1, 1, 1, 1)
+
+
 def test_a_space_that_leaves_a_range_is_refused_before_anything_runs(folder: RunFolder, jobs: Jobs) -> None:
     for values in ({"objectives": {"contrastive": 5.0}}, {"sweep": VALUES["sweep"] | {"hot": [2_000.0]}}):
         with pytest.raises(ValueError, match=r"contrastive|learning_rate"):

@@ -28,7 +28,6 @@ SPDX = {
     "bsd|redistributions? of source": "BSD-3-Clause", "python software|psf|matplotlib": "PSF-2.0",
     r"\bisc": "ISC", r"\bmit\b|permission is hereby granted, free": "MIT", "unlicense": "Unlicense",
 }  # fmt: skip
-COPY = {"MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "Apache-2.0", "ISC", "PSF-2.0", "Zlib", "Unlicense"}
 Keys = dict[str, list[Ed25519PublicKey]]  # source prefix -> who may sign below it
 
 
@@ -36,13 +35,6 @@ def spdx(stated: str, *hints: str) -> str:
     """SPDX licence: as stated (PEP 639), else read off older metadata fields; empty if they tell nothing."""
     found = (name for hint in hints for pattern, name in SPDX.items() if re.search(pattern, hint[:400].lower()))
     return stated or next(found, "")
-
-
-def uses(licence: str) -> tuple[bool, bool]:
-    """(may_copy, may_use_tools): to copy, every part of the licence must permit it; tools need one that is known."""
-    parts = set(re.split(r" AND | OR |[()]", licence)) - {""}
-    known = bool(parts) and not parts & {"NONE", "NOASSERTION"}  # SPDX 2.3, 7.13: nothing is stated
-    return known and parts <= COPY, known
 
 
 def write(path: Path, rows: Iterable[dict], **stamp: str) -> Path:

@@ -1,5 +1,6 @@
 """The record: one document with its provenance, as a row of an Arrow table (spec: Records), and its audit rows."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,12 +28,24 @@ DECISION = pa.struct(
 )
 DECISIONS = pa.list_(DECISION)  # one entry for each filter that looked at the record: keep, drop, or mask
 AUDIT = pa.schema([("record_id", pa.string()), ("source", pa.string()), *DECISION])
-EMPTY: dict[str, Any] = {"timestamp": 0, "ttl_seconds": 0, "may_copy": False, "may_use_tools": False}
+EMPTY: dict[str, Any] = {"timestamp": 0, "ttl_seconds": 0}
+COPY = {"MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "Apache-2.0", "ISC", "PSF-2.0", "Zlib", "Unlicense"}
+
+
+def uses(licence: str) -> tuple[bool, bool]:
+    """(may_copy, may_use_tools): to copy, every part of the licence must permit it; tools need one that is known."""
+    parts = set(re.split(r" AND | OR |[()]", licence)) - {""}
+    known = bool(parts) and not parts & {"NONE", "NOASSERTION"}  # SPDX 2.3, 7.13: nothing is stated
+    return known and parts <= COPY, known
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """A table of `SCHEMA`; what a row does not state is empty, 0 or false."""
-    return pa.Table.from_pylist([{n: row.get(n, EMPTY.get(n, "")) for n in SCHEMA.names} for row in rows], SCHEMA)
+    """A table of `SCHEMA`; what a row does not state is empty or 0, and its uses are those that its licence permits."""
+    made = [{name: row.get(name, EMPTY.get(name, "")) for name in SCHEMA.names} for row in rows]
+    permits = {licence: uses(licence) for licence in {row["licence"] for row in made}}
+    for row in made:
+        row["may_copy"], row["may_use_tools"] = permits[row["licence"]]
+    return pa.Table.from_pylist(made, SCHEMA)
 
 
 def audit_rows(part: pa.Table) -> pa.Table:

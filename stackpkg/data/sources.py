@@ -25,7 +25,8 @@ def write_parts(sources: Sequence[Source], folder: Path, part_mb: float, audit: 
         new = _unseen(np.array([int(row["record_id"], 16) for row in part], np.uint64), seen)
         for row, fresh in zip(part, new, strict=True):
             if not fresh:
-                audit.append(_set_aside(row["source"], ValueError("a record of this source came before: ids repeat")))
+                why = ValueError("a record of this source came before: ids repeat")
+                audit.append(_set_aside(f"{row['source']} (again)", why))  # the one before has the id
         if new.any():
             kept = records.table(row for row, fresh in zip(part, new, strict=True) if fresh)
             made.append(engine.write(folder / f"{len(made):05d}.parquet", kept))

@@ -12,7 +12,8 @@ from pydantic import NonNegativeInt, TypeAdapter
 
 from stackpkg import runs
 from stackpkg.data import records
-from stackpkg.data.provenance import Keys, check, expiry, signers, uses
+from stackpkg.data.provenance import Keys, check, expiry, signers
+from stackpkg.data.records import uses
 from stackpkg.params import Data
 
 # Outside the allow-list and unsigned, nothing else that a record says of itself is enough: 1 - listed - signed = 0.58.

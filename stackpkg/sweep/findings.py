@@ -161,7 +161,12 @@ def separate(healthy: Sequence[float], bad: Sequence[float], *, below: bool) -> 
     a, b = sorted((sign * max(good), sign * min(ill)))
     if max(good) >= min(ill):
         return made | {"auc": auc, "verdict": "not separable: the scores of both kinds overlap"}
-    made |= {"auc": auc, "low": a, "high": b, "threshold": math.sqrt(a * b) if a > 0 else (a + b) / 2}
+    made |= {
+        "auc": auc,
+        "low": a,
+        "high": b,
+        "threshold": min(max(a, math.sqrt(a) * math.sqrt(b)), b) if a > 0 else (a + b) / 2,
+    }
     # none in n: p <= 1 - 0.05^(1/n)   (Clopper & Pearson 1934, one-sided)
     made |= {name: 1 - (1 - CONFIDENCE) ** (1 / len(x)) for name, x in (("false_alarms", good), ("misses", ill))}
     # scores that say nothing fall apart so in 1 of C(n + m, m) orders   (Fisher's exact permutation test)

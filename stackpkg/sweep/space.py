@@ -71,7 +71,7 @@ def variant(p: Params, factors: dict[str, float], seed: int | None = None) -> Pa
     o["warmup_steps"] = min(round(o["warmup_steps"] * steps / p.max_steps), steps // 2)
     values["training"] |= {"epoch_steps": rung(p)}
     values["snapshots"] |= {"every_steps": rung(p)}
-    values["layout"] |= {"processes": 1, "nodes": 1, "fsdp": 1, "tp": 1, "ep": 1}
+    values["layout"] |= {"processes": 1, "nodes": 1, "fsdp": 1, "tp": 1, "ep": 1, "pp": 1}
     values |= {
         "sweep": {"steps": steps},
         "seed": p.seed if seed is None else seed,

@@ -41,7 +41,8 @@ def _patient(home: str, line: str) -> list[str]:
         f"""trap 'preempted=1; echo {PREEMPTED} > "$home/stop"' TERM""",
         f'if grep -qsx {PREEMPTED} "$home/stop"; then rm "$home/stop"; fi  # of an attempt that was killed too early',
         f"{line} &", "job=$!",
-        'while kill -0 "$job" 2>/dev/null; do wait "$job" && code=0 || code=$?; done',
+        'while :; do wait "$job" && code=0 || code=$?; kill -0 "$job" 2>/dev/null || break; done',
+        'wait "$job" && code=0 || code=$?',  # the trap may have cut the last wait short
     ]  # fmt: skip
 
 

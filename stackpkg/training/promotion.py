@@ -83,11 +83,14 @@ def promote(
 
 
 def _line(artifacts: Path) -> list[str]:
-    """Versions in the order of their last promotion, those demoted since taken out."""
+    """Versions in the order of their last promotion, without those demoted since, or rolled back from."""
     line: list[str] = []
     for event in registry(artifacts)["history"]:
-        if event["event"] in ("promoted", "demoted"):
-            line = [v for v in line if v != event["version"]] + [event["version"]] * (event["event"] == "promoted")
+        kind, version = event["event"], event.get("version")
+        if kind == "rolled_back" and version in line:
+            line = line[: line.index(version) + 1]
+        elif kind in ("promoted", "demoted", "rolled_back"):
+            line = [v for v in line if v != version] + [version] * (kind != "demoted")
     return line
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from stackpkg.data.stream import Batch
 from stackpkg.objectives.preference import answers, stacked
+from stackpkg.runs import replacing
 from stackpkg.training.ema import reshard
 
 ROWS = 8  # pairs of a forward
@@ -50,6 +51,6 @@ def log_probs(
     dist.all_gather(parts, torch.cat(found).float().contiguous(), group=data)
     values = torch.stack(parts, 1).flatten(0, 1)[:count]
     if dist.get_rank() == 0:
-        save_file({"log_probs": values.cpu().contiguous()}, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        with replacing(path) as temporary:
+            save_file({"log_probs": values.cpu().contiguous()}, temporary)
     return values

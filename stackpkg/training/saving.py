@@ -82,6 +82,8 @@ class Saver:
         here = {"step": step, "rank": dist.get_rank(), "attempt": self.about["attempt"]}
         killed = any(fault["kind"] == "kill_saving" and meant(fault, here) for fault in self.faults)
         writer, state = Writer(partial, about, self.keep, killed), _settled(tensors)
+        if torch.cuda.is_available():  # the stager copies on a stream of its own, which waits for no other (torch 2.13)
+            torch.cuda.current_stream().synchronize()
         save = dcp.async_save(state, storage_writer=writer, process_group=self.group, async_stager=self.stager)
         assert isinstance(save, AsyncSaveResponse)
         self._step, self._under_way = step, [save]
