@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,11 @@ def _plain(value: Any) -> Any:
         return str(value)
 
 
+def by_number(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by in which epoch_1000 comes after epoch_999."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
 class RunFolder:
     """`outbox/<name>/`, made when first asked for."""
 
@@ -119,8 +125,9 @@ class RunFolder:
         return path
 
     def matches(self, pattern: str) -> list[Path]:
-        """Files and folders below the run that match a glob pattern, sorted."""
-        return [self.path / name for name in sorted(glob.glob(pattern, root_dir=self.path))]  # noqa: PTH207  never hidden files
+        """Files and folders below the run that match a glob pattern, sorted, numbers by size."""
+        found = glob.glob(pattern, root_dir=self.path)  # noqa: PTH207  never hidden files
+        return [self.path / name for name in sorted(found, key=by_number)]
 
     def inputs(self, *patterns: str) -> DataFrame:
         """What a stage reads. Literal patterns only: the runner reads them from the source to know when to re-run."""

@@ -170,27 +170,32 @@ def composer(steps: int) -> Composer:
 
 def test_the_state_of_routers_is_read_apart(tmp_path: Path) -> None:
     one, other = composer(7), composer(0)
-    checkpoint.write_router(tmp_path, one)
+    checkpoint.write_router(tmp_path, one, checkpoint.biases(one))
     checkpoint.read_router(tmp_path, other)
     assert other.steps == 7 and other.usage is not None and torch.equal(other.usage, one.usage)  # type: ignore[arg-type]
     assert all(torch.equal(other.bandit.sums[name], value) for name, value in one.bandit.sums.items())
     for mine, theirs in zip(one.routers, other.routers, strict=True):
         assert torch.equal(getattr(mine, routing.BIAS), getattr(theirs, routing.BIAS))
+    checkpoint.write_router(tmp_path, one, {})
+    with pytest.raises(ValueError, match=r"router.safetensors has no choice bias of layer 0: take the file from"):
+        checkpoint.read_router(tmp_path, other)
     dense, fresh = Composer(params.Objectives()), Composer(params.Objectives())
-    checkpoint.write_router(tmp_path, dense)
+    checkpoint.write_router(tmp_path, dense, {})
     checkpoint.read_router(tmp_path, fresh)
     assert fresh.usage is None and not fresh.bandit.sums
 
 
 def test_another_major_version_is_refused_by_name(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "ROUTER", "2.1")
-    checkpoint.write_router(tmp_path, composer(1))
+    checkpoint.write_router(tmp_path, composer(1), {})
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"router.safetensors has version 2.1, this code reads 1.x: take the"):
         checkpoint.read_router(tmp_path, composer(1))
     config = {"hidden_size": 32, "num_experts": 4}
     write_json(tmp_path / "manifest.json", {"config": config, "versions": {"architecture": "1.0.0"}})
-    versions.check(tmp_path, config | {"num_experts": 8})
+    versions.check(tmp_path, config | {"num_experts_per_tok": 1})
+    with pytest.raises(ValueError, match=r"breaking change: num_experts 4 -> 8"):
+        versions.check(tmp_path, config | {"num_experts": 8})
     with pytest.raises(ValueError, match=r"has architecture 1.0.0, .* breaking change: hidden_size 32 -> 64\. Give"):
         versions.check(tmp_path, config | {"hidden_size": 64})
 

@@ -102,6 +102,27 @@ def test_a_published_checkpoint_is_whole_and_what_was_there_is_kept(tmp_path: Pa
     assert first == tmp_path / "checkpoint-3" and snapshots.problems(first) == []
     again = snapshots.publish(begun(tmp_path, 3), 3)
     assert again == first and len(list(tmp_path.glob("checkpoint-3.replaced-*"))) == 1
+    snapshots.publish(begun(tmp_path, 3), 3)
+    assert len(list(tmp_path.glob("checkpoint-3.replaced-*"))) == 2, "within the same second"
+
+
+def test_one_that_lacked_only_its_name_gets_it(tmp_path: Path) -> None:
+    snapshots.publish(begun(tmp_path, 3), 3)
+    snapshots.complete(begun(tmp_path, 6), 6)
+    assert snapshots.latest(tmp_path) == (tmp_path / "checkpoint-6", [])
+
+
+def test_ranks_vouch_for_what_they_wrote_and_share_the_reading(tmp_path: Path) -> None:
+    folder = begun(tmp_path, 3)
+    snapshots.vouch(folder, 1, [folder / "dcp/__0_0.distcp"])
+    found = snapshots.publish(folder, 3)
+    marked = read_json(found / snapshots.MARKER)["files"]
+    assert marked == {name: digest(found / name) for name in ("dcp/__0_0.distcp", "state.pt")}
+    assert snapshots.files_below(found) and not list(found.glob(".*")) and snapshots.problems(found) == []
+    flip(found)
+    lose(found)
+    parts = [snapshots.problems(found, part, 3) for part in range(3)]
+    assert sorted(line for part in parts for line in part) == sorted(snapshots.problems(found)) and len(parts[0]) == 1
 
 
 def test_what_a_broken_off_save_left_is_removed_and_told(tmp_path: Path) -> None:

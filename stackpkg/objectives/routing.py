@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how many, in the configurations of transformers
 BIAS = "e_score_correction_bias"  # the name transformers gives the buffer that moves the choice and not the weight
 
 

@@ -27,13 +27,28 @@ def code() -> str:
     return found.hexdigest()[:16]
 
 
+def _together(checkpoint: Path | None) -> list[str] | None:
+    """A collective: the problems of the checkpoint that rank 0 names, each rank reading its share of the files; None
+    when it names none."""
+    told = [str(checkpoint) if checkpoint else None]
+    dist.broadcast_object_list(told)
+    if told[0] is None:
+        return None
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, snapshots.problems(Path(told[0]), dist.get_rank(), dist.get_world_size()))
+    return sorted({line for lines in found for line in lines})
+
+
 def begin(home: Path, record: dict[str, Any]) -> tuple[int, Path | None]:
     """Rank 0 counts the attempt, with a `record` of what it computes from and on what, and picks the checkpoint to
     resume from; the others hear it. A collective."""
     told: list[Any] = [None]
+    while dist.get_rank() and _together(None) is not None:
+        pass
     if dist.get_rank() == 0:
         before, sources = read(home), code()
-        checkpoint, complaints = snapshots.latest(home)
+        checkpoint, complaints = snapshots.latest(home, lambda path: _together(path) or [])
+        _together(None)
         this: dict[str, Any] = {
             "at": now(),
             "resumed_from": checkpoint.name if checkpoint else None,
@@ -41,11 +56,11 @@ def begin(home: Path, record: dict[str, Any]) -> tuple[int, Path | None]:
         }
         this |= {"ranks": dist.get_world_size(), "code": sources, "record": record}
         said = [f"set aside {complaint}" for complaint in complaints]
-        if before and (hung := hang.found(home, before[-1]["ranks"], len(before))):
+        if before and (hung := hang.found(home, before[-1].get("ranks", 1), len(before))):
             this["hung"] = hung
             where = f"rank(s) {', '.join(map(str, hung['ranks']))} hung in step {hung['step']}"
             said.append(f"attempt {len(before)}: {where}; the stacks of all ranks are in {hung['stacks']}/")
-        if before and before[-1]["code"] != sources:
+        if before and before[-1].get("code", sources) != sources:
             this["code_changed"] = True
             change = f"{before[-1]['code']} -> {sources}"
             said.append(

@@ -5,10 +5,12 @@ small files beside it: of the run's progress, of the routers and of the retrieve
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -54,21 +56,31 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: 
     ema.load(state["ema"])
 
 
-def write_router(folder: Path, composer: Composer) -> None:
-    """`router.safetensors`: running usage [layers, experts], the sums of the bandit, choice biases; fp64 where summed.
-    For rank 0, which has what all ranks have."""
+def biases(composer: Composer, pipeline: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """`bias.<layer>`: the choice biases of the routers that have one. A collective over the stages of a pipeline, each
+    of which has the routers of its own layers."""
+    held = ((number, getattr(router, routing.BIAS, None)) for number, router in enumerate(composer.routers))
+    mine = {f"bias.{number}": bias.detach().cpu() for number, bias in held if isinstance(bias, Tensor)}
+    if pipeline is None or dist.get_world_size(pipeline) == 1:
+        return mine
+    told: list[Any] = [None] * dist.get_world_size(pipeline)
+    dist.all_gather_object(told, mine, group=pipeline)
+    return {name: bias for stage in told for name, bias in stage.items()}
+
+
+def write_router(folder: Path, composer: Composer, choice: Mapping[str, Tensor]) -> None:
+    """`router.safetensors`: running usage [layers, experts], the sums of the bandit, choice biases (`biases`); fp64
+    where summed. For rank 0, which has what all ranks have."""
     state = composer.state_dict()
     found = {f"bandit.{name}": value for name, value in state["bandit"].items()} | {"usage": state["usage"]}
-    for number, router in enumerate(composer.routers):
-        if isinstance(bias := getattr(router, routing.BIAS, None), Tensor):
-            found[f"bias.{number}"] = bias.detach().cpu()
+    found |= choice
     about = {"version": ROUTER, "steps": str(state["steps"])}
     save_file({name: value.contiguous() for name, value in found.items()}, folder / ROUTER_FILE, about)
 
 
 def read_router(folder: Path, composer: Composer) -> None:
-    """Take over what `write_router` wrote. Raises `ValueError` for another major version, or another number of layers
-    or experts."""
+    """Take over what `write_router` wrote. Raises `ValueError` for another major version, for another number of layers
+    or experts, and where the choice bias of a router is missing."""
     with safe_open(folder / ROUTER_FILE, "pt") as file:
         about = file.metadata()
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
@@ -76,8 +88,13 @@ def read_router(folder: Path, composer: Composer) -> None:
     sums = {name.removeprefix("bandit."): value for name, value in found.items() if name.startswith("bandit.")}
     composer.load_state_dict({"steps": int(about["steps"]), "usage": found["usage"], "bandit": sums})
     for number, router in enumerate(composer.routers):
-        if router is not None and f"bias.{number}" in found:  # None: in another stage
-            getattr(router, routing.BIAS).copy_(found[f"bias.{number}"])
+        if isinstance(bias := getattr(router, routing.BIAS, None), Tensor):  # without one: dense, or in another stage
+            if f"bias.{number}" not in found:
+                raise ValueError(
+                    f"{folder.name}/{ROUTER_FILE} has no choice bias of layer {number}: take the file from a snapshot "
+                    "of this architecture"
+                )
+            bias.copy_(found[f"bias.{number}"])
 
 
 def write_retriever(folder: Path, retriever: Retriever) -> None:
@@ -104,7 +121,7 @@ class Kept(Protocol):
     retriever: Retriever
 
 
-def write(folder: Path, kept: Kept) -> None:
+def write(folder: Path, kept: Kept, choice: Mapping[str, Tensor]) -> None:
     """The small files, for rank 0; what each rank must flush itself it writes itself."""
     folder.mkdir(parents=True, exist_ok=True)
     scalars = {
@@ -114,7 +131,7 @@ def write(folder: Path, kept: Kept) -> None:
         "guard": json.dumps(kept.guard.state_dict()),
     }
     torch.save(scalars, folder / "state.pt")
-    write_router(folder, kept.composer)
+    write_router(folder, kept.composer, choice)
     write_retriever(folder, kept.retriever)
 
 

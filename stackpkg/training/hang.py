@@ -1,6 +1,7 @@
 """A rank that makes no progress: the stacks of all ranks on the disk, then an end that torch elastic restarts from.
 
-A beat is a forward pass, of training or of an evaluation, and the end of a step. Ranks that wait in a collective for
+A beat is a forward pass, of training or of an evaluation, and the end of a step; to wait for the disk is none of its
+business, the saver has a limit of its own. Ranks that wait in a collective for
 one that hangs have no beats either, so all of them tell, and the one that does not wait is the one to look at. A rank
 that holds the interpreter's lock in C cannot tell; then it is the one that is missing.
 """
@@ -11,6 +12,7 @@ import faulthandler
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,12 @@ class Watch(TrainerCallback):
     def __init__(self, home: Path, rank: int, minutes: float) -> None:
         self.folder, self.rank, self.limit = home / FOLDER, rank, 60 * minutes
         self.step, self.last, self.awake = 0, time.monotonic(), False
+        self.saving: Callable[[], bool] = lambda: False
         threading.Thread(target=self._look, name="hang watch", daemon=True).start()
 
-    def listen(self, model: nn.Module) -> None:
-        """Take each forward pass of `model` for a beat."""
+    def listen(self, model: nn.Module, saving: Callable[[], bool] = lambda: False) -> None:
+        """Take each forward pass of `model` for a beat, and look away while `saving()`: it waits for the disk."""
+        self.saving = saving
         model.register_forward_pre_hook(lambda *_: self.beat())
 
     def beat(self) -> None:
@@ -55,6 +59,8 @@ class Watch(TrainerCallback):
     def _look(self) -> None:
         while True:
             time.sleep(min(10.0, self.limit / 4))
+            if self.saving():
+                self.beat()
             if self.awake and (silent := time.monotonic() - self.last) > self.limit:
                 self.folder.mkdir(exist_ok=True)
                 with (self.folder / f"rank{self.rank}.txt").open("w") as stacks:

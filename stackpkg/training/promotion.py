@@ -70,9 +70,13 @@ def promote(
     told |= {"router": versions.ROUTER, "retriever": versions.RETRIEVER}
     for path in [*files_below(temporary), temporary]:
         flush(path)
-    shutil.rmtree(target, ignore_errors=True)
+    replaced = artifacts / f".{version}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
     temporary.rename(target)
     flush(artifacts)
+    shutil.rmtree(replaced, ignore_errors=True)
     if snapshot:
         marks = snapshot.parent / PROMOTED
         kept = read_json(marks) if marks.exists() else {}

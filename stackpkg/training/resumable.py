@@ -16,6 +16,7 @@ from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import checkpoint, stages, versions
 from stackpkg.training.ema import ShardedEMA
+from stackpkg.training.mesh import Mesh
 from stackpkg.training.recovery import Skips
 from stackpkg.training.saving import Cadence, Saver
 
@@ -27,6 +28,7 @@ class Resumable(Trainer):
     lr_scheduler: Any
     network: PreTrainedModel
     p: Params
+    mesh: Mesh
     rank: int
     composer: Composer
     ema: ShardedEMA
@@ -70,8 +72,9 @@ class Resumable(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The small files; the optimiser goes with the weights."""
+        choice = checkpoint.biases(self.composer, self.mesh.pipeline)
         if self.rank == 0:
-            checkpoint.write(Path(output_dir), self)
+            checkpoint.write(Path(output_dir), self, choice)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None:

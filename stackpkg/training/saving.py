@@ -46,6 +46,8 @@ class Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         written = super().write_data(plan, planner)
+        mine = {self.partial / "dcp" / result.storage_data.relative_path for result in written.value()}
+        snapshots.vouch(self.partial, dist.get_rank(), sorted(mine))
         if self.killed:
             os.kill(os.getpid(), signal.SIGKILL)
         for path in self.partial.iterdir():  # this machine's small files; nobody else may flush them
@@ -56,7 +58,11 @@ class Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         write_json(self.partial / snapshots.MANIFEST, self.about)
-        snapshots.prune(snapshots.publish(self.partial, self.about["step"]).parent, self.keep)
+        home = snapshots.publish(self.partial, self.about["step"]).parent
+        try:
+            snapshots.prune(home, self.keep)
+        except (OSError, ValueError) as error:  # this snapshot is saved all the same
+            print(f"[{home.name}] older snapshots stay: {type(error).__name__}: {error}", flush=True)
 
 
 class Saver:
@@ -69,7 +75,7 @@ class Saver:
         # in memory that is kept from save to save, copied to by a thread
         how = {"use_pinned_memory": cuda, "use_shared_memory": False, "use_non_blocking_copy": cuda}
         self.stager = DefaultStager(StagingOptions(use_async_staging=True, **how))
-        self._step, self._under_way = 0, list[AsyncSaveResponse]()
+        self._step, self._under_way, self.waiting = 0, list[AsyncSaveResponse](), False
 
     def begin(self, step: int, tensors: dict[str, Any], loss: float | None) -> None:
         """A collective: save `tensors` and the small files that lie in `partial/checkpoint-N` already. Returns before
@@ -90,8 +96,10 @@ class Saver:
 
     def staged(self) -> None:
         """Wait until the copy of the state is taken: for before the update."""
+        self.waiting = True
         for save in self._under_way:
             save.staging_completion.result()
+        self.waiting = False
 
     def settle(self) -> None:
         """Wait for this rank's part of the save, however it ends."""
@@ -109,7 +117,9 @@ class Saver:
             return
         (save,), self._under_way = self._under_way, []
         told: list[Any] = [None] * dist.get_world_size()
+        self.waiting = True
         dist.all_gather_object(told, _reason(save.upload_completion.exception()))
+        self.waiting = False
         if any(told):
             if dist.get_rank() == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from stackpkg.params import Snapshots
@@ -13,6 +13,7 @@ from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS
 
 MARKER, MANIFEST = "complete.json", "manifest.json"
 PARTIAL = ".saving"  # what is being written lies in here, and counts for nothing
+VOUCHED = ".digests-"  # and the rank: of the files that it wrote
 PROMOTED = "promoted.json"  # step -> version of the snapshots that were promoted: these stay
 
 
@@ -26,14 +27,26 @@ def flush(path: Path) -> None:
 
 
 def complete(checkpoint: Path, step: int) -> None:
-    """Write the marker, last of all files, when all of them are on disk: from here on the checkpoint counts."""
-    files = {}
+    """Write the marker, last of all files, when all of them are on disk: from here on the checkpoint counts. What the
+    ranks hashed themselves (`vouch`) is not read again."""
+    files: dict[str, str] = {}
+    for told in sorted(checkpoint.glob(f"{VOUCHED}*")):
+        files |= read_json(told)
+        told.unlink()
     for path in files_below(checkpoint):
         flush(path)
-        files[path.relative_to(checkpoint).as_posix()] = digest(path)
+        if (name := path.relative_to(checkpoint).as_posix()) not in files:
+            files[name] = digest(path)
+    files = dict(sorted(files.items()))
     write_json(checkpoint / MARKER, {"step": step, "at": now(), "files": files})
     for folder in {path.parent for path in files_below(checkpoint)}:
         flush(folder)
+
+
+def vouch(checkpoint: Path, rank: int, paths: Iterable[Path]) -> None:
+    """Leave the digests of the files that this rank wrote, for `complete`."""
+    told = {path.relative_to(checkpoint).as_posix(): digest(path) for path in paths}
+    write_json(checkpoint / f"{VOUCHED}{rank}.json", told)
 
 
 def publish(partial: Path, step: int) -> Path:
@@ -48,12 +61,13 @@ def publish(partial: Path, step: int) -> Path:
     return target
 
 
-def problems(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line each; empty when it is whole."""
+def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, one line each; empty when it is whole. Of `parts` ranks that share the reading,
+    each gives its number, `part`, and looks at its files alone."""
     if not (checkpoint / MARKER).exists():
         return [f"{checkpoint.name}: no {MARKER}; saving was interrupted"]
     found = []
-    for name, sha in read_json(checkpoint / MARKER)["files"].items():
+    for name, sha in [*read_json(checkpoint / MARKER)["files"].items()][part::parts]:
         path = checkpoint / name
         if not path.exists():
             found.append(f"{checkpoint.name}/{name}: missing")
@@ -69,16 +83,24 @@ def listed(home: Path) -> dict[int, Path]:
 
 
 def _set_aside(checkpoint: Path, why: str) -> None:
-    checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.{why}-{now().replace(':', '')}"))
+    name = f"{checkpoint.name}.{why}-{now().replace(':', '')}"
+    taken = len([*checkpoint.parent.glob(f"{name}*")])  # within the same second
+    checkpoint.rename(checkpoint.with_name(f"{name}-{taken + 1}" if taken else name))
 
 
-def latest(home: Path) -> tuple[Path | None, list[str]]:
+def latest(home: Path, check: Callable[[Path], list[str]] = problems) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a job that is not running, and the problems of newer ones, which are set aside,
-    not deleted. What a save left that was broken off is removed: nothing of it was ever promised."""
-    complaints = [f"{path.name}: saving was broken off; removed" for path in (home / PARTIAL).glob("checkpoint-*")]
+    not deleted. What a save left that was broken off is removed: nothing of it was ever promised; one that lacked no
+    more than its name gets it."""
+    complaints = []
+    for partial in sorted((home / PARTIAL).glob("checkpoint-*")):
+        if (partial / MARKER).exists() and not (home / partial.name).exists():
+            partial.rename(home / partial.name)
+        elif not partial.name.endswith(".deleted"):
+            complaints.append(f"{partial.name}: saving was broken off; removed")
     shutil.rmtree(home / PARTIAL, ignore_errors=True)
     for checkpoint in reversed(listed(home).values()):
-        bad = problems(checkpoint)
+        bad = check(checkpoint)
         if not bad:
             return checkpoint, complaints
         complaints += bad

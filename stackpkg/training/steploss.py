@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class StepLoss:
         self.riders = Riders(network, stream, p.objectives, home, mesh.data, device)
         self.raw: list[dict[str, Tensor]] = []
         self.routing: dict[str, Tensor] = {}
+        self.spoil: Callable[[Tensor], Tensor] = lambda total: total  # what a drill does to the loss
 
     def requests(self, inputs: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Keyword arguments of each forward of a micro-batch, by name, in the order to run them in: `text` first."""
@@ -65,4 +66,4 @@ class StepLoss:
         self.raw.append({f"{kind}_{name}": value for kind, values in told for name, value in values.items()})
         choice = [layer.logits for layer in routed if layer.logits.shape[-1] > 1]
         self.routing = router_statistics(tuple(choice)) if choice else {}
-        return total
+        return self.spoil(total)

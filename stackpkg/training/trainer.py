@@ -69,6 +69,7 @@ class StackTrainer(Resumable):
         self.p, self.stream, self.folder, self.name, self.attempt, self._rung = p, stream, folder, name, attempt, rung
         self.mesh, self.rank, self.ranks = mesh, dist.get_rank(), p.layout.data_parallel
         self.loss = StepLoss(model, stream, p, mesh, Path(str(args.output_dir)), self.args.device)
+        self.loss.spoil = lambda total: spoilt(total, self.faults, self._here())
         self.composer = self.loss.composer
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = Skips(guard.named("TrainGradSpike")), guard, faults
@@ -117,7 +118,6 @@ class StackTrainer(Resumable):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         total, outputs = self.loss(model, inputs, self.counts)
-        total = spoilt(total, self.faults, self._here())
         return (total, outputs) if return_outputs else total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stackpkg.objectives import routing
 from stackpkg.params import Params
 from stackpkg.runs import read_json
 from stackpkg.training.snapshots import MANIFEST
@@ -74,7 +75,9 @@ def architecture(config: Mapping[str, Any], artifacts: Path) -> str:
     known = {
         event["version"]: event["versions"]["architecture"]
         for event in registry["history"]
-        if event["event"] == "promoted" and (artifacts / event["version"] / "config.json").exists()
+        if event["event"] == "promoted"
+        and "versions" in event
+        and (artifacts / event["version"] / "config.json").exists()
     }
     kinds = {name: change(read_json(artifacts / name / "config.json"), config)[0] for name in known}
     if same := [known[name] for name in known if kinds[name] == "none"]:
@@ -116,7 +119,10 @@ def check(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """Raises `ValueError` where a job of `config` can't take over the weights of a checkpoint: a breaking change."""
     about = read_json(checkpoint / MANIFEST)
     kind, why = change(about["config"], config)
-    if kind == "major":
+    resized = [
+        line for line in why if line.split()[0] in routing.EXPERTS
+    ]  # a minor change; the weights have another shape
+    if kind == "major" or resized:
         raise ValueError(
             f"{checkpoint.name} has architecture {about['versions']['architecture']}, and this job differs from it "
             f"by a breaking change: {'; '.join(why)}. Give the configuration of the checkpoint, or begin a new job"

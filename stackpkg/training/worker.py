@@ -121,7 +121,7 @@ def _attempt(
     asked = StopFile(home)
     trainer.add_callback(asked)
     trainer.add_callback(watch)
-    watch.listen(model)
+    watch.listen(model, lambda: trainer.saver.waiting)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except recovery.RollBack:
