@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from myst import code, prose, table, text
 
 import stackpkg
 from stackpkg import params
 
-LIMITS = {
-    "minimum": "≥",
-    "exclusiveMinimum": ">",
-    "maximum": "≤",
-    "exclusiveMaximum": "<",
-    "minItems": "entries ≥",
-    "pattern": "matches",
-}
-
 
 def parameters() -> str:
     """One table per section of the schema: name, type, default, allowed values, meaning."""
-    schema = params.Params.model_json_schema()
-    sections = {"Params": schema} | {name: schema["$defs"][name] for name in sorted(schema["$defs"])}
     parts = []
-    for name, section in sections.items():
-        rows = [[code(key), *_parameter(field)] for key, field in section["properties"].items()]
-        parts.append(f"## {text(name)}\n\n{prose(section.get('description'))}\n")
+    for name, (purpose, fields) in params.reference().items():
+        rows = [[code(field.name), *_parameter(field)] for field in fields]
+        parts.append(f"## {text(name)}\n\n{prose(purpose)}\n")
         parts.append(table("name | type | default | allowed | meaning", rows))
     return "\n".join(parts)
 
 
-def _parameter(field: dict[str, Any]) -> list[str]:
-    inner = field.get("items", {}) if isinstance(field.get("items"), dict) else {}
-    below = (field.get("$ref") or inner.get("$ref", "")).rpartition("/")[2]
-    kind = code(field.get("type", "")) if not below else f"{'list of ' if inner else ''}[{below}](#{below.lower()})"
-    default = "" if below or "default" not in field else code(json.dumps(field["default"]))
-    allowed = [f"{sign} {field[key]}" for key, sign in LIMITS.items() if key in field]
-    allowed += [json.dumps(value) for value in field.get("enum", [])]
-    return [kind, default, ", ".join(code(limit) for limit in allowed), prose(field.get("description"))]
+def _parameter(field: params.Described) -> list[str]:
+    kind = f"{field.kind}[{field.below}](#{field.below.lower()})" if field.below else code(field.kind)
+    default = code(field.default) if field.default else ""
+    return [kind, default, ", ".join(map(code, field.allowed)), prose(field.meaning)]
 
 
 def api() -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""`stackpkg`: run, launch, trace, skip, status, verify, sign, book."""
+"""`stackpkg`: run, launch, params, trace, withdraw, skip, status, verify, sign, book."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -11,8 +12,10 @@ import typer
 
 from stackpkg import params
 from stackpkg.runs import RunFolder, root
+from stackpkg.schema import allowed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A training stack: run, inspect, sign, publish.")
+WHOLE = "Give a record id, or the whole source that it was read from"
 COLOUR = {"green": "green", "amber": "yellow", "red": "red"}
 Folder = Annotated[Path, typer.Argument(help="a run's folder, such as outbox/smoke")]
 Job = Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")]
@@ -115,11 +118,56 @@ def trace(
         known = 0 in ledger.stream.corpus.find([str(document)])
         named = str(document) if known else record_id(str(document))
         rows = ledger.step(step) if step is not None else ledger.document(named)
+        if step is not None:
+            sources = ledger.sources(row["record_id"] for row in rows)
+            rows = [row | {"source": sources.get(row["record_id"], "")} for row in rows]
         if not rows and document and 0 not in ledger.stream.corpus.find([named]):
-            _stop(f"no record {document!r} in the corpus: give a record id, or the whole source that it was read from")
+            _stop(f"no record {document!r} in the corpus. {WHOLE}")
     except ValueError as error:
         _stop(error)
     typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in rows) or "none")
+
+
+@app.command()
+def withdraw(
+    path: Folder,
+    record: Annotated[list[str], typer.Option("--record", help="record id, or its source; may be given several times")],
+    reason: Annotated[str, typer.Option(help="who asked, and why: it is kept")],
+) -> None:
+    """Take records out of what a run reads, from its next launch on. Shards stay as they are; no other record moves."""
+    from stackpkg.data import provenance
+    from stackpkg.data.corpus import Corpus
+    from stackpkg.data.items import record_id
+
+    data = _folder(path).path / "data"
+    try:
+        corpus = Corpus(data)
+        named = [name if 0 in corpus.find([name]) else record_id(name) for name in record]
+        if unknown := [name for name, found in zip(record, named, strict=True) if 0 not in corpus.find([found])]:
+            _stop(f"no record {', '.join(map(repr, unknown))} in the corpus; nothing was withdrawn. {WHOLE}")
+        for name in named:
+            provenance.withdraw(data / "withdrawn.jsonl", name, int(time.time()), reason)
+    except (OSError, ValueError) as error:
+        _stop(error)
+    typer.echo(f"withdrawn: {', '.join(named)}; a job that is launched or goes on from now passes over them")
+    if (data.parent / "SHA256SUMS").exists():
+        typer.echo("this run was sealed, and is another now: run its profile again, which seals it anew")
+
+
+@app.command("params")
+def reference(
+    section: Annotated[str, typer.Argument(help="such as Data; none: all of them")] = "",
+) -> None:
+    """What a profile may say: every parameter with its default, its range and its meaning."""
+    known = params.reference()
+    chosen = {name: known[name] for name in known if name.lower() == section.lower() or not section}
+    if not chosen:
+        _stop(f"no section {section!r}; {allowed(section, known)}")
+    for name, (purpose, fields) in chosen.items():
+        typer.secho(f"{name}: {' '.join(purpose.split())}", bold=True)
+        for field in fields:
+            said = [f"{field.kind}{field.below}", *field.allowed, *[f"default {field.default}"] * bool(field.default)]
+            typer.echo(f"  {field.name:<24} {'; '.join(said)}\n{'':27}{field.meaning}".rstrip())
 
 
 @app.command()

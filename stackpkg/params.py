@@ -7,11 +7,12 @@ raises `ValueError` with the nearest valid name and the allowed range, before an
 from __future__ import annotations
 
 import ast
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -193,6 +194,43 @@ def load(path: str | os.PathLike[str]) -> Params:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of {', '.join(Params.model_fields)}")
     return validate(values)
+
+
+LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "minItems": "entries ≥",
+          "pattern": "matches"}  # fmt: skip
+
+
+class Described(NamedTuple):
+    """A parameter in words; `below` names the section whose values it holds."""
+
+    name: str
+    kind: str
+    below: str
+    default: str
+    allowed: list[str]
+    meaning: str
+
+
+def reference() -> dict[str, tuple[str, list[Described]]]:
+    """Section -> what it is for, and its parameters; `Params` are the top-level keys of a profile."""
+    schema, found = Params.model_json_schema(), dict[str, tuple[str, list[Described]]]()
+    classes = {name: made for name, made in globals().items() if isinstance(made, type) and issubclass(made, BaseModel)}
+    for name in ["Params", *sorted(schema["$defs"])]:
+        section = schema if name == "Params" else schema["$defs"][name]
+        fields = classes[name].model_fields
+        rows = [_described(key, value, fields[key]) for key, value in section["properties"].items()]
+        found[name] = section.get("description", ""), rows
+    return found
+
+
+def _described(name: str, value: dict[str, Any], field: Any) -> Described:
+    inner = value.get("items", {}) if isinstance(value.get("items"), dict) else {}
+    below = (value.get("$ref") or inner.get("$ref", "")).rpartition("/")[2]
+    default = "" if below or field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+    allowed = [f"{sign} {value[key]}" for key, sign in LIMITS.items() if key in value]
+    allowed += [json.dumps(given) for given in value.get("enum", [])]
+    kind = ("list of " * bool(inner)) if below else value.get("type", "")
+    return Described(name, kind, below, default, allowed, value.get("description", ""))
 
 
 HEADER = "# parameters"

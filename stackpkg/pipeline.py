@@ -23,11 +23,13 @@ from typing import Any, TextIO
 import nbformat
 import yaml
 
+from stackpkg.data.listing import listing
 from stackpkg.governance.seal import finish
 from stackpkg.params import Params, assigned
 from stackpkg.runs import RunFolder, digest, environment, now, portable, read_json, root, write_json, write_text
 
 SOURCE = re.compile(r"(params|book|governance)/[\w./-]+|requirements\.lock\.txt")
+SHOWN = 3  # names of what changed
 MODULE = re.compile(r"stackpkg(\.\w+)*")
 
 
@@ -99,16 +101,21 @@ def sources(code: str) -> list[Path]:
     return sorted(found)
 
 
-def key(stage: Stage, p: Params, folder: RunFolder) -> str:
-    """Digest of everything that decides what the stage computes."""
-    values = p.model_dump(mode="json")
+def key(stage: Stage, p: Params, folder: RunFolder) -> dict[str, str]:
+    """A digest of everything that decides what the stage computes, each by what it is called when it changed."""
+    values, texts = p.model_dump(mode="json"), [*p.data.sources, *p.data.earlier, *p.data.evaluation_sets]
     parts = {
-        "code": stage.code,
-        "parameters": {name: values[name] for name in sorted(stage.parameters)},
-        "sources": {path.relative_to(root()).as_posix(): digest(path) for path in sources(stage.code)},
-        "inputs": _digests(folder, stage.inputs),
+        "its code": stage.code,
+        **{f"parameter {name}": values[name] for name in sorted(stage.parameters)},
+        **{path.relative_to(root()).as_posix(): digest(path) for path in sources(stage.code)},
+        **_digests(folder, stage.inputs),
+        "the text at data.sources": listing(texts) if "p.data.sources" in stage.code else "",
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return {name: _short(value) for name, value in parts.items()}
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _digests(folder: RunFolder, patterns: tuple[str, ...]) -> dict[str, str]:
@@ -128,9 +135,18 @@ def reason_to_run(stage: Stage, p: Params, folder: RunFolder) -> str:
         return {"running": "was cut off", "failed": "failed before"}.get(lock["state"], lock["state"])
     if not (folder.path / "nb" / f"{stage.name}.ipynb").exists():
         return "its executed notebook is gone"
-    if lock["key"] != key(stage, p, folder):
-        return "code, parameters, inputs or package changed"
-    return "" if lock["outputs"] == _digests(folder, stage.outputs) else "its outputs changed or are gone"
+    if not isinstance(lock["key"], dict):
+        return "an earlier stackpkg ran it"
+    if names := _changed(lock["key"], key(stage, p, folder)):
+        return f"{names} changed"
+    names = _changed(lock["outputs"], _digests(folder, stage.outputs))
+    return f"its outputs changed or are gone: {names}" if names else ""
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> str:
+    """The first few names that differ."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 @contextmanager

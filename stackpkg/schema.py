@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ROLES = ("system", "user", "assistant", "tool", "code", "data")
@@ -43,7 +43,7 @@ class Source(Section):
 
 
 Family = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb", "perplexity"]
-FAMILIES: dict[str, list[Family]] = {
+DEFAULT_FILTERS: dict[str, list[Family]] = {
     "code": [],
     "licences": [],
     "documentation": ["gopher_repetition", "perplexity"],
@@ -60,8 +60,9 @@ class Data(Section):
     workers: int = Field(2, ge=1, le=65_536, description="worker processes of the engine")
     # --- filters
     filters: dict[str, list[Family]] = Field(
-        default_factory=lambda: dict(FAMILIES),
-        description="families of published heuristics for each domain; `*`: for every domain not named",
+        default_factory=lambda: dict(DEFAULT_FILTERS),
+        description="families of published heuristics by domain; `*`: every domain not named. Laid over the default, "
+        "unless `*` is given",
     )
     thresholds: dict[str, float] = Field(
         default_factory=dict, description="a filter's name -> its threshold, where the paper's default is not wanted"
@@ -111,6 +112,11 @@ class Data(Section):
         131_072, ge=32, description="longer documents are divided at line ends, once, when shards are made (tokens)"
     )
     validation_share: float = Field(0.05, gt=0, lt=0.5, description="share of documents held out")
+
+    @field_validator("filters")
+    @classmethod
+    def _over_the_default(cls, given: dict[str, list[Family]]) -> dict[str, list[Family]]:
+        return given if "*" in given else DEFAULT_FILTERS | given
 
     @model_validator(mode="after")
     def _band_is_ordered(self) -> Data:

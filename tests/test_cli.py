@@ -1,7 +1,9 @@
 """What a person types: every answer is plain, and a wrong word ends with status 1 and never with a traceback."""
 
+import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from data_corpus import corpus, documents, profile
 from typer.testing import CliRunner
 
 from stackpkg import cli, params, pipeline, runs
-from stackpkg.data import curriculum
+from stackpkg.data import curriculum, provenance
 from stackpkg.governance import checklist, seal
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,7 @@ def call(*arguments: object) -> Result:
 
 
 def test_help_names_every_command() -> None:
-    assert {"run", "status", "verify", "sign", "book"} <= set(call("--help").output.split())
+    assert {"run", "params", "withdraw", "status", "verify", "sign", "book"} <= set(call("--help").output.split())
 
 
 # --- run
@@ -240,6 +242,29 @@ def test_a_range_of_data_is_skipped_from_a_step_that_is_not_trained_yet(run: Pat
     assert curriculum.decisions(home / "decisions.jsonl") == [{"kind": "skip", "step": 6, "steps": 2}]
 
 
+def test_records_are_withdrawn_all_or_none(run: Path) -> None:
+    shutil.copytree(corpus(), run / "data")
+    first, second = documents()[:2]
+    asked = ("withdraw", run, "--reason", "the author asked", "--record")
+    wrong = call(*asked, first["record_id"], "--record", "no/such/file")
+    assert wrong.exit_code == 1 and "no record 'no/such/file' in the corpus; nothing was withdrawn" in wrong.stderr
+    assert provenance.withdrawals(run / "data/withdrawn.jsonl") == {}
+    done = call(*asked, first["record_id"], "--record", second["source"])
+    assert done.exit_code == 0 and "this run was sealed, and is another now" in done.stdout, done.output
+    told = provenance.withdrawals(run / "data/withdrawn.jsonl")
+    assert set(told) == {first["record_id"], second["record_id"]} and abs(max(told.values()) - time.time()) < 60
+
+
+def test_params_tells_defaults_ranges_and_meanings() -> None:
+    said = call("params", "data").stdout
+    assert "Data: Curation: filters" in said and "Layout" not in said
+    line = re.search(r"  filters .*", said)
+    assert line and '"licences": []' in line[0] and '"gopher_quality"' in line[0], "maps show what they hold"
+    assert "integer; ≥ 1; ≤ 65536; default 2" in said and "worker processes of the engine" in said
+    assert all(f"\n{name}: " in f"\n{call('params').stdout}" for name in ("Params", "Source", "Snapshots"))
+    assert "no section 'dta'; did you mean 'Data'? allowed: Params" in call("params", "dta").stderr
+
+
 def test_trace_goes_both_ways(run: Path) -> None:
     assert "give one of --step and --document" in call("trace", run).stderr
     assert "has no training job 'train'; it has none" in call("trace", run, "--step", "0").stderr
@@ -253,5 +278,6 @@ def test_trace_goes_both_ways(run: Path) -> None:
     record = next(line for line in lines if "use text" in line).split("record_id ")[1].split()[0]
     assert "step 3  use text" in call("trace", run, "--document", record).stdout
     source = next(row["source"] for row in documents() if row["record_id"] == record)
+    assert any(line.endswith(f"source {source}") for line in lines if f"record_id {record}" in line)
     assert call("trace", run, "--document", source).stdout == call("trace", run, "--document", record).stdout
-    assert "no record 'unknown' in the corpus: give a record id" in call("trace", run, "--document", "unknown").stderr
+    assert "no record 'unknown' in the corpus. Give a record id" in call("trace", run, "--document", "unknown").stderr

@@ -52,7 +52,7 @@ ROWS = {
     "a raw NUL": (b'{"text": "a\x00b"}', "holds a NUL byte: not text"),
     "an escaped NUL": (b'{"text": "a\\u0000b"}', "holds a NUL byte: not text"),
     "half a surrogate pair": (b'{"text": "a\\ud800b"}', "not UTF-8: surrogates not allowed"),
-    "no text column": (b'{"body": "x"}', "no column 'text'"),
+    "no text column": (b'{"body": "x"}', "no column 'text' among body: set text_field"),
     "text is null": (b'{"text": null}', "no text"),
     "text is blank": (b'{"text": " \\n"}', "no text"),
     "text is a number": (b'{"text": 5}', "text is int, not text"),

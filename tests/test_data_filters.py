@@ -243,3 +243,15 @@ def test_the_audit_has_one_row_a_decision_and_never_a_secret():
         assert out["kept"][0].as_py() is verdict
     untouched = filters.apply(part(text), Data(secrets="keep", personal_data="keep", filters={"*": []}), None)
     assert untouched["text"][0].as_py() == text and len(untouched["decisions"][0]) == 3
+
+
+def test_families_of_a_domain_are_laid_over_the_default():
+    default = Data().filters
+    assert Data(filters={"law": ["c4"]}).filters == default | {"law": ["c4"]}
+    assert Data(filters={"*": [], "law": ["c4"]}).filters == {"*": [], "law": ["c4"]}
+    filters.check(Data(), {"text"})
+    filters.check(Data(filters={"law": ["c4"]}), {"law", "text"})
+    with pytest.raises(
+        ValueError, match=r"data.filters has the domain 'lwa', which no record has; did you mean 'law'\?"
+    ):
+        filters.check(Data(filters={"lwa": ["c4"]}), {"law", "text"})

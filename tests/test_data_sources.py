@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackpkg.data import distributions, items, records, rows, sources
+from stackpkg.data import distributions, items, listing, records, rows, sources
 from stackpkg.params import Source
 
 
@@ -191,7 +191,7 @@ def test_ids_that_repeat_across_parts_and_sources_are_set_aside(tmp_path):
 
 def test_when_nothing_can_be_read_the_reasons_are_said(tmp_path):
     with pytest.raises(
-        ValueError, match=r"nothing could be read from \['jsonl:rows.jsonl#'\]: .*no column 'text' \(3\)"
+        ValueError, match=r"nothing could be read from \['jsonl:rows.jsonl#'\]: .*no column .text. among body.*\(3\)"
     ):
         parts(tmp_path, jsonl(tmp_path / "rows.jsonl", [{"body": "x"}] * 3))
 
@@ -210,3 +210,48 @@ def test_memory_is_bounded_by_a_part(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(made) > 15 and peak < 12e6, peak
+
+
+# ---- what each source gave
+def test_the_tally_names_a_source_that_gave_nothing(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/page.md").write_text("A page of words.\n")
+    (tmp_path / "docs/table.xlsx").write_bytes(b"PK")
+    (tmp_path / "empty").mkdir()
+    good = jsonl(tmp_path / "rows.jsonl", [{"text": "x", "license": "MIT"}, {"text": "y"}, {"body": "z"}])
+    folders = [Source(kind="folder", path=str(tmp_path / name)) for name in ("docs", "empty")]
+    audit = []
+    found = read(folders[0], audit) + read(folders[1], audit) + read(good, audit)
+    table = records.table(found).select(["source", "licence"])
+    told = {row["source"]: row for row in sources.tally([*folders, good], table, audit).to_pylist()}
+    counts = {name: (row["read"], row["unreadable"], row["unlicensed"]) for name, row in told.items()}
+    assert counts == {"folder:docs/": (1, 1, 1), "folder:empty/": (0, 0, 0), "jsonl:rows.jsonl#": (2, 1, 1)}
+    why = "unreadable: no domain is told by *.xlsx: give the source a `domain`"
+    assert told["folder:docs/"]["set_aside"] == why and audit[0]["source"] == "folder:docs/table.xlsx"
+
+
+def test_a_licence_is_read_in_either_spelling(tmp_path):
+    rows = [{"text": "x", "license": "MIT"}, {"text": "y", "licence": "ISC", "license": "MIT"}]
+    assert [row["licence"] for row in read(jsonl(tmp_path / "rows.jsonl", rows))] == ["MIT", "ISC"]
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "rows.parquet")
+    (row,) = read(Source(kind="parquet", path=str(tmp_path / "rows.parquet")))
+    assert row["licence"] == "MIT"
+
+
+def test_the_listing_of_a_source_tells_that_it_changed(tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "rows.jsonl", [{"text": "x"}])
+    (tmp_path / "docs").mkdir()
+    both = [source, Source(kind="folder", path=str(tmp_path / "docs"))]
+    seen = {listing.listing(both)}
+    assert listing.listing(both) in seen
+    (tmp_path / "docs/new.md").write_text("more")
+    seen.add(listing.listing(both))
+    (tmp_path / "rows.jsonl").write_text('{"text": "z"}\n')
+    seen.add(listing.listing(both))
+    (tmp_path / "docs/new.md").unlink()
+    seen.add(listing.listing(both))
+    assert len(seen) == 4
+    before = listing.listing([Source()])
+    fewer = [*distributions.metadata.distributions()][1:]
+    monkeypatch.setattr(listing.metadata, "distributions", lambda: fewer)
+    assert listing.listing([Source()]) != before

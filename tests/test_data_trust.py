@@ -383,3 +383,14 @@ def test_nothing_to_score_is_no_error(score):
     assert len(trust.score([], Data(), LISTED, NOW)) == 0
     audit, keep = trust.decide(score(row(kept=False)), Data())
     assert len(audit) == len(keep) == 0
+
+
+def test_when_nothing_is_admitted_the_reasons_and_the_ways_out_are_said(score):
+    table = score(*(row(licence="", source=f"jsonl:mine#{k}") for k in range(2)), allowed=[])
+    audit, trusted = trust.decide(table, Data())
+    with pytest.raises(
+        ValueError, match=r"no record of 2 is admitted; dropped by trust \(2\)\. 2 have no known licence"
+    ):
+        trust.some(table, audit, trusted)
+    _, both = trust.decide(table, Data(min_trust=0))
+    assert trust.some(table, audit, both) is both

@@ -8,7 +8,7 @@ all rules leave. Sentence ends of other scripts count as English ones do; Gopher
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from stackpkg.data.mixing import GOLDEN
 from stackpkg.data.perplexity import CACHE, CODES, mixed
 from stackpkg.data.scrub import SECRETS, scrub
 from stackpkg.params import Data
-from stackpkg.schema import allowed
+from stackpkg.schema import DEFAULT_FILTERS, allowed
 
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
@@ -244,6 +244,13 @@ def _asked(row: dict[str, Any], data: Data, perplexed: tuple[float, perplexity.M
             yield "perplexity_low", perplexed[0], ">=", low
         if wanted[1] < 1:
             yield "perplexity_high", perplexed[0], "<=", high
+
+
+def check(data: Data, domains: Collection[str]) -> None:
+    """Raises `ValueError` for a domain in `data.filters` that no record has and that is none of the default's: a slip
+    there would leave a domain unfiltered."""
+    for name in data.filters.keys() - {*domains, *DEFAULT_FILTERS}:
+        raise ValueError(f"data.filters has the domain {name!r}, which no record has; {allowed(name, domains)}")
 
 
 def apply(part: pa.Table, data: Data, models: Path | None) -> pa.Table:

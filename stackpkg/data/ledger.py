@@ -1,13 +1,16 @@
 """From a step to its documents and back, from disk alone: the stream is a pure function, and so is its inverse."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from stackpkg import params, runs
-from stackpkg.data import curriculum
+from stackpkg.data import curriculum, manifest
 from stackpkg.data.provenance import withdrawals_due
 from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import RATES, Stream
@@ -92,6 +95,15 @@ class Ledger:
             if step is not None and step < self.steps and i < gone:
                 found.add((step, use))
         return [{"step": step, "use": use} for step, use in sorted(found)]
+
+    def sources(self, records: Iterable[str]) -> dict[str, str]:
+        """record_id -> where each was read from, of those that are documents of the corpus."""
+        wanted, found = pa.array(set(records), pa.string()), dict[str, str]()
+        for path in manifest.records(self.stream.corpus.folder):
+            part = pq.read_table(path, columns=["record_id", "source"])
+            part = part.filter(pc.is_in(part["record_id"], wanted))
+            found |= dict(zip(part["record_id"].to_pylist(), part["source"].to_pylist(), strict=True))
+        return found
 
     def overdue(self, by: int) -> dict[str, str]:
         """record_id -> why, of the records that the job read and that may not be used any more at `by` (unix seconds):

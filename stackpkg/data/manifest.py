@@ -187,9 +187,11 @@ def _spot(path: Path, known: np.ndarray, sample: int) -> bool:
 
 
 def quarantine(folder: Path, name: str) -> Path:
-    """Rename a file of a version, such as shards/0123456789abcdef.bin, so that nothing reads it; returns its path."""
-    path = folder / name
-    return path.rename(f"{path}.quarantined-{len(list(path.parent.glob(path.name + '.quarantined-*')))}")
+    """Move a file of a version, such as shards/0123456789abcdef.bin, to `quarantine/`, where nothing reads it; returns
+    its path there."""
+    path, home = folder / name, folder / "quarantine"
+    home.mkdir(exist_ok=True)
+    return path.rename(home / f"{path.name}-{len(list(home.glob(f'{path.name}-*')))}")
 
 
 def prune(folder: Path) -> list[str]:
@@ -197,7 +199,7 @@ def prune(folder: Path) -> list[str]:
     removed. What is in quarantine stays. Returns the names of what is gone."""
     wanted = {folder / name for version in ids(folder) for name, _ in files(read(folder, version))}
     found = {path for home in ("shards", "records", "tokenizer") for path in runs.files_below(folder / home)}
-    gone = [path for path in sorted(found - wanted) if ".quarantined-" not in path.name]
+    gone = sorted(found - wanted)
     for path in gone:
         path.unlink()
     return [path.relative_to(folder).as_posix() for path in gone]

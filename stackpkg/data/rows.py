@@ -63,12 +63,14 @@ def _item(source: Source, label: str, count: int, row: Row, stamp: float) -> Ite
     if isinstance(row, Exception):
         raise row
     if source.text_field not in row:
-        raise ValueError(f"no column {source.text_field!r}")
+        there = ", ".join(map(str, [*row][:8]))
+        raise ValueError(f"no column {source.text_field!r} among {there}: set text_field")
     stated = {key: row[key] for key in COLUMNS if row.get(key) is not None}
     own = str(stated["id"]) if type(stated.get("id")) is int else string("id", stated.get("id"))
     if len(own) > LONGEST_ID:
         raise ValueError(f"id is longer than {LONGEST_ID} characters")
-    stated |= {"licence": source.licence or stated.get("licence"), "timestamp": stated.get("timestamp") or stamp}
+    licence = source.licence or stated.get("licence") or row.get("license")  # both spellings are about
+    stated |= {"licence": licence, "timestamp": stated.get("timestamp") or stamp}
     domain = source.domain or string("domain", stated.get("domain")) or "text"
     return Item(f"{label}id={own}" if own else f"{label}{count}", row[source.text_field], domain, stated)
 
@@ -144,7 +146,7 @@ def _wanted(schema: pa.Schema, field: str) -> list[str]:
         raise ValueError(f"no column {field!r} among {', '.join(schema.names)}: set text_field")
     if not _textual(schema.field(field).type):
         raise ValueError(f"column {field!r} is {schema.field(field).type}, not text")
-    return [name for name in schema.names if name == field or name in COLUMNS]
+    return [name for name in schema.names if name in (field, "license", *COLUMNS)]
 
 
 def _textual(kind: pa.DataType) -> bool:

@@ -1,11 +1,13 @@
 """Text and its provenance from any kind of source, into parts: streaming, one part in memory, no silent loss."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from stackpkg import runs
 from stackpkg.data import distributions, engine, items, records, rows
@@ -53,6 +55,20 @@ def read(sources: Iterable[Source], audit: list[dict[str, Any]]) -> Iterator[dic
             yield row
 
 
+def tally(given: Sequence[Source], read: pa.Table, audit: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """What came of each source: `source`, `read`, `unreadable` and `unlicensed` records (of those read), and the
+    commonest reason why something was `set_aside`. `read` has source and licence."""
+    made = []
+    for name in dict.fromkeys(map(prefix, given)):
+        mine = read.filter(pc.starts_with(read["source"], name))
+        why = Counter(row["filter"] for row in audit if row["source"].startswith(name.rstrip("#/")))
+        unlicensed = pc.sum(pc.equal(mine["licence"], "")).as_py() or 0
+        said = why.most_common(1)[0][0] if why else ""
+        made.append({"source": name, "read": len(mine), "unreadable": why.total(), "unlicensed": unlicensed,
+                     "set_aside": said})  # fmt: skip
+    return pa.Table.from_pylist(made)
+
+
 def prefix(source: Source) -> str:
     """How the `source` of its every record begins; the allow-list of a run is made of these."""
     path = runs.root() / source.path  # a full path stays what it is
@@ -66,18 +82,21 @@ def _items(source: Source) -> Iterator[Item]:
     if source.kind == "distributions":
         return distributions.items(source.domain, source.licence)
     path = runs.root() / source.path
-    if source.kind == "folder" and not path.is_dir():
-        raise ValueError(f"source path {source.path!r} is not a folder; give one, or the kind that it is")
     if not path.exists() and source.kind != "datasets":
         raise ValueError(f"source path {source.path!r} does not exist; give a file below the repository or a full path")
+    if source.kind == "folder" and not path.is_dir():
+        raise ValueError(f"source path {source.path!r} is not a folder; give one, or the kind that it is")
     return _folder(source, path) if source.kind == "folder" else rows.items(source, path, prefix(source))
 
 
 def _folder(source: Source, path: Path) -> Iterator[Item]:
     for name, file in items.below(path):
         domain = source.domain or items.domain_of(name)
-        if domain or isinstance(file, Exception):
-            yield Item(prefix(source) + name, file, domain, {"licence": source.licence})
+        if not domain and isinstance(file, Path):
+            file = ValueError(
+                f"no domain is told by *{file.suffix or ' without an ending'}: give the source a `domain`"
+            )
+        yield Item(prefix(source) + name, file, domain, {"licence": source.licence})
 
 
 def _set_aside(source: str, error: Exception) -> dict[str, Any]:

@@ -147,6 +147,19 @@ def decide(scored: pa.Table, data: Data) -> tuple[pa.Table, pa.Array]:
     return pa.concat_tables(audit), ids.filter(pc.invert(failed)).unique()
 
 
+def some(scored: pa.Table, audit: pa.Table, trusted: pa.Array) -> pa.Array:
+    """The ids to keep, as `decide` said. Raises `ValueError` when there are none, with what to do about it."""
+    if not len(trusted):
+        fell = pc.value_counts(audit["filter"].filter(pc.equal(audit["decision"], "drop"))).to_pylist()
+        said = ", ".join(f"{row['values']} ({row['counts']})" for row in fell)
+        unknown = int((scored["licence"].to_numpy() == 0).sum())
+        raise ValueError(
+            f"no record of {len(scored)} is admitted; dropped by {said or 'the filters'}. {unknown} have no known "
+            "licence: state it in the source (`licence`) or in its rows, have them signed, or lower data.min_trust"
+        )
+    return trusted
+
+
 def explain(row: dict, data: Data) -> str:
     """Why a row of `score` has its trust, as the sum it is, and what the policy makes of it."""
     audit, _ = decide(pa.Table.from_pylist([row]), data)
