@@ -1,12 +1,12 @@
 # The front door. Everything goes through a virtual environment in .venv, made from the lock when it is missing.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3 python,$(shell $(name) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $(name))) python3.11)
 PROFILE ?= params/dry_run.yaml
-RUN := $(shell sed -n 's/^run: *//p' $(PROFILE))
+RUN := $(shell sed -n 's/^run: *//p' $(PROFILE) 2>/dev/null)
 BIN := .venv/bin
 export DO_NOT_TRACK = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help run test lab book env clean lint
+.PHONY: help profile run test lab book env clean lint
 help:
 	@echo "make run    the dry run on real text, sealed, and its book (PROFILE=params/smoke.yaml for a quick one)"
 	@echo "make test   lint, types and the whole test suite, notebooks included"
@@ -14,7 +14,10 @@ help:
 	@echo "make book   the book of the run that PROFILE names"
 	@echo "make clean  remove the environment, caches and built books; runs in outbox/ stay"
 
-run: env
+profile:
+	@test -f "$(PROFILE)" || { echo "there is no profile $(PROFILE); there are: $(wildcard params/*.yaml)"; exit 1; }
+
+run: profile env
 	stackpkg run $(PROFILE)
 	stackpkg verify outbox/$(RUN)
 	stackpkg book outbox/$(RUN)
@@ -31,7 +34,7 @@ lint: env
 lab: env
 	jupyter lab notebooks
 
-book: env
+book: profile env
 	stackpkg book outbox/$(RUN)
 
 env: .venv/.complete

@@ -199,7 +199,8 @@ def status(path: Folder) -> None:
     folder = _folder(path)
     for stage in pipeline.stages():
         lock = pipeline.lock_of(folder, stage.name)
-        typer.echo(f"{stage.name:<26} {lock['state']:<9} {lock.get('seconds', ''):>7}  {lock.get('error', '')[:100]}")
+        error = lock.get("error", "").strip().splitlines()  # the last line of a traceback says what was raised
+        typer.echo(f"{stage.name:<26} {lock['state']:<9} {lock.get('seconds', ''):>7}  {' '.join(error[-1:])[:160]}")
     items = checklist.read(folder)
     typer.echo("" if items else "\nno checklist yet: 90_sign_off writes it")
     for item in items:
@@ -219,6 +220,8 @@ def verify(
     """Prove that no byte of the archive changed and that every role signed it; names each file that fails."""
     from stackpkg.governance import seal
 
+    if not path.is_dir():
+        _stop(f"{path} is not a run's folder")
     try:
         default, demonstration = seal.signers_for(path.resolve())
         found = seal.verify(path.resolve(), signers or default)

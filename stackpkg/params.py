@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from stackpkg.runs import root
 from stackpkg.schema import Auxiliary, Data, Section, Share, Source, Stage, Until, allowed
 from stackpkg.schema_training import (
     Cluster,
@@ -172,7 +173,9 @@ def explain(error: ValidationError) -> str:
             names = list(section.model_fields) if section else []
             lines.append(f"{where}: unknown key; {allowed(item['loc'][-1], names)}")
         else:
-            lines.append(f"{where}: {item['msg']}; given {item['input']!r}{_range(item['loc'])}"[:400])
+            said = item["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(item["input"], dict) else f"; given {item['input']!r}"  # not a whole section
+            lines.append(f"{where}: {said}{given}{_range(item['loc'])}"[:400])
     return "\n".join(lines)
 
 
@@ -184,8 +187,14 @@ def validate(values: Mapping[str, Any]) -> Params:
         raise ValueError(f"the parameters are not valid:\n{explain(error)}") from None
 
 
+NO_PROFILES = ("alerts", "checklist", "scopes")  # that lie in params/ as well
+
+
 def load(path: str | os.PathLike[str]) -> Params:
     """Read and validate one profile."""
+    if not Path(path).is_file():
+        there = sorted(found.stem for found in (root() / "params").glob("*.yaml") if found.stem not in NO_PROFILES)
+        raise ValueError(f"there is no profile {path}; params/ has {', '.join(there)}")
     text = Path(path).read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from cycler import cycler
 from matplotlib.figure import Figure
 
@@ -12,7 +13,9 @@ COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774")
 
 
 def use_style() -> None:
-    """Figure size 7 x 3 inches on an opaque white sheet, so that axes stay readable when the page is dark."""
+    """Figure size 7 x 3 inches on an opaque white sheet, so that axes stay readable when the page is dark; and tables
+    that show where a text comes from to its end."""
+    pd.set_option("display.max_colwidth", 110)
     mpl.rcParams.update(
         {
             "figure.figsize": (7.0, 3.0),

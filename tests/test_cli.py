@@ -65,7 +65,7 @@ def test_help_names_every_command() -> None:
         ("data: {sources: [{kind: jsonl}]}\n", "needs `path`: a file, a folder or a datasets id"),
         ("seed: [1\n", "is not YAML"),
         ("- 1\n", "must hold a mapping"),
-        (None, "No such file or directory"),
+        (None, "there is no profile bad.yaml; params/ has cluster, dry_run, smoke"),
     ],
 )
 def test_a_bad_profile_stops_before_anything_runs(place: Path, text: str | None, expected: str) -> None:
@@ -191,7 +191,7 @@ def test_verify_against_the_real_signers_refuses_a_demonstration(run: Path) -> N
 
 def test_verify_of_a_folder_that_is_not_there_fails(place: Path) -> None:
     done = call("verify", place / "outbox/none")
-    assert done.exit_code == 1 and "SHA256SUMS: missing; this run is not sealed" in done.stderr
+    assert done.exit_code == 1 and "none is not a run's folder" in done.stderr
 
 
 @needs_keys

@@ -262,12 +262,15 @@ def test_missing_signers_is_a_problem_not_a_crash(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"role": "legal"}, "roles"),
+        (
+            {"role": "safty"},
+            "unknown role 'safty'; did you mean 'safety'\\? allowed: architecture, infrastructure, safety",
+        ),
         ({"reviewer": "nobody"}, "name@domain"),
         ({"reviewer": 'x@y"\n'}, "name@domain"),
-        ({"decision": "maybe"}, "decisions"),
-        ({"decision": "approve-with-conditions"}, "with conditions"),
-        ({"conditions": ("more data",)}, "with conditions"),
+        ({"decision": "approved"}, "unknown decision 'approved'; did you mean 'approve'\\?"),
+        ({"decision": "approve-with-conditions"}, "with 0 condition"),
+        ({"conditions": ("more data",)}, "'approve' with 1 condition"),
         ({"key": Path("missing")}, "could not sign"),
     ],
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stackpkg import params, runs
+from stackpkg.schema import allowed
 
 ROLES = ("architecture", "infrastructure", "safety")
 DECISIONS = ("approve", "approve-with-conditions", "reject")
@@ -90,10 +91,15 @@ def sign(
 
     `reviewer` is the principal of `allowed_signers`. Raises `ValueError` when the tree is not what the manifest says.
     """
-    known = role in ROLES and decision in DECISIONS and _REVIEWER.fullmatch(reviewer)
-    if not known or bool(conditions) != (decision == DECISIONS[1]):
-        allowed = f"roles {ROLES}, decisions {DECISIONS} (the second with conditions), name@domain"
-        raise ValueError(f"{role=} {decision=} {conditions=} {reviewer=}: {allowed}")
+    for what, given, known in (("role", role, ROLES), ("decision", decision, DECISIONS)):
+        if given not in known:
+            raise ValueError(f"unknown {what} {given!r}; {allowed(given, known)}")
+    if not _REVIEWER.fullmatch(reviewer):
+        raise ValueError(f"reviewer {reviewer!r} must be name@domain, as in governance/allowed_signers")
+    if bool(conditions) != (decision == DECISIONS[1]):
+        raise ValueError(
+            f"decision {decision!r} with {len(conditions)} condition(s): {DECISIONS[1]} has some, no other"
+        )
     if problems := _against_manifest(folder):
         raise ValueError("seal the run before signing it:\n" + "\n".join(problems))
     said: dict[str, Any] = {"role": role, "reviewer": reviewer, "decision": decision, "conditions": list(conditions)}
