@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -210,3 +211,28 @@ def test_killing_the_caller_kills_every_rank(folder: RunFolder, repository: Path
         caller.kill()
         for pid in filter(alive, pids(folder)):  # the children that a rank starts are its own affair
             os.kill(pid, signal.SIGKILL)
+
+
+def test_what_makes_it_another_job_is_named() -> None:
+    def spec(p: params.Params, manifest: str) -> dict[str, Any]:
+        return {"params": p.model_dump(mode="json"), "data": {"manifest.json": manifest}, "steps": 4, "faults": []}
+
+    one, other = params.Params(), params.validate({"seed": 3, "optimization": {"learning_rate": 1e-3}})
+    assert launch.differences(spec(one, "a"), spec(one, "a")) == []
+    assert launch.differences(spec(one, "a"), spec(other, "b")) == [
+        "seed", "optimization.learning_rate", "data/manifest.json",
+    ]  # fmt: skip
+    wider = params.validate({"layout": {"processes": 2, "fsdp": 2}})
+    assert launch.differences(spec(one, "a"), spec(wider, "a")) == [], "where it runs makes it no other job"
+
+
+def test_what_a_rank_raised_comes_before_the_report_of_torchrun() -> None:
+    log = [
+        "[rank1]: Traceback (most recent call last):\n",
+        "[rank1]: ValueError: the corpus is abc, this job began with def: roll back to it\n",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n",
+        "Root Cause (first observed failure):\n",
+    ]
+    assert launch.cause(log) == ": ValueError: the corpus is abc, this job began with def: roll back to it"
+    assert launch.cause(["stackpkg.training.saving.SaveFailed: checkpoint-3 was not saved\n"]).endswith("not saved")
+    assert launch.cause(["step 3 Error rate: 5\n"]) == launch.cause([]) == ""

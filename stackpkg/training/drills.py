@@ -128,7 +128,7 @@ DRILLS = {
     "nan_loss": Drill("NaN in the loss", ("skip 1",), at(5, "nan_loss", **ONCE), same=False),
     "inf_loss": Drill("Inf in the loss", ("skip 1",), at(5, "inf_loss", **ONCE), same=False),
     "nan_loss_stages": Drill("NaN in the loss of a pipeline", ("skip 1",), at(5, "nan_loss", **ONCE), False, 2,
-                             layout={"pp": 2, "fsdp": 1}),
+                             layout={"pp": 2, "fsdp": 1, "pipeline_schedule": "gpipe"}),
     "nan_gradient": Drill("NaN in the gradient of one rank", ("skip 1",), at(5, "nan_gradient", rank=1), False, 2),
     "inf_gradient": Drill("Inf in the gradient of one rank", ("skip 1",), at(5, "inf_gradient", rank=1), False, 2),
     "nan_parameter": Drill("NaN in a weight of one rank", ("roll_back",), at(5, "nan_parameter", rank=1, **ONCE),
@@ -190,8 +190,9 @@ def perform(name: str, drill: Drill, data: Path) -> dict[str, Any]:
 
     def go(processes: int) -> str:
         """Why the launch did not end well, if it did not."""
+        p = profile(drill, processes)
         try:
-            launch.launch("job", profile(drill, processes), folder, steps=STEPS, faults=faults, quiet=True)
+            launch.launch("job", p, folder, steps=STEPS, faults=faults, quiet=True)
         except (RuntimeError, ValueError) as error:  # `Stopped` is one
             return str(error)
         return ""

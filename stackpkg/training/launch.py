@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ TETHER, WORKER = "stackpkg.training.tether", "stackpkg.training.worker"
 WHERE = ("layout", "cluster", "snapshots", "sweep", "governance")
 DIAGNOSIS = "diagnosis.json"  # what the end of the recovery ladder leaves
 FOLDERS = ("checkpoints", "telemetry", "eval")
+RAISED = re.compile(r"(\[rank\d+\]:\s*)?(?=[\w.]*(Error|RollBack|Failed): )")  # the last line of a traceback
 
 
 def command(job: str, p: Params) -> list[str]:
@@ -59,6 +61,18 @@ def describe(name: str, p: Params, folder: RunFolder, steps: int, faults: Iterab
     computes = spec | {"params": {name: value for name, value in spec["params"].items() if name not in WHERE}}
     spec["digest"] = hashlib.sha256(json.dumps(computes, sort_keys=True).encode()).hexdigest()
     return spec
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes the job described `now` another one than `before`: `optimization.learning_rate`, `data/manifest.json`."""
+    found = []
+    for section, value in now["params"].items():
+        old = before["params"].get(section)
+        if section not in WHERE and value != old:
+            keys = [key for key in value if not isinstance(old, dict) or value[key] != old.get(key)]
+            found += [f"{section}.{key}" for key in keys] if isinstance(value, dict) else [section]
+    found += [f"data/{name}" for name, sha in now["data"].items() if before["data"].get(name) != sha]
+    return found + [name for name in ("steps", "faults") if before[name] != now[name]]
 
 
 def _start_fresh(folder: RunFolder, name: str) -> None:
@@ -107,6 +121,9 @@ def launch(
             )
     else:
         if done.exists() or not same:
+            if job.exists() and not quiet:
+                what = ", ".join(differences(read_json(job), spec)) or "nothing: it has ended, and starts anew"
+                print(f"[{name}] another job than the one here; it moves to outbox/.previous. What differs: {what}")
             _start_fresh(folder, name)
         write_json(job, spec)  # of the same job, the layout that it goes on in
         (home / DIAGNOSIS).unlink(missing_ok=True)
@@ -166,4 +183,12 @@ def _stream(arguments: list[str], log: Path, p: Params, shown: str) -> None:
     if late.is_set():
         raise TimeoutError(f"the launch ran longer than layout.timeout_minutes = {minutes:g}; raise it or run less")
     if code:
-        raise RuntimeError(f"the launch failed with exit code {code}; the end of its log:\n{''.join(lines[-30:])}")
+        end = f"the end of its log:\n{''.join(lines[-30:])}"
+        raise RuntimeError(f"the launch failed with exit code {code}{cause(lines)}\n{end}")
+
+
+def cause(lines: Iterable[str]) -> str:
+    """`: ` and what a rank raised last, from a log; torchrun's own report, which comes after it, hides it. Empty where
+    no rank raised anything."""
+    found = [line.strip() for line in lines if RAISED.match(line) and "ChildFailedError" not in line]
+    return f": {RAISED.sub('', found[-1], count=1)}" if found else ""
