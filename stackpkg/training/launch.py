@@ -64,13 +64,13 @@ def describe(name: str, p: Params, folder: RunFolder, steps: int, faults: Iterab
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes the job described `now` another one than `before`: `optimization.learning_rate`, `data/manifest.json`."""
+    """What makes the job described `now` another than `before`: `optimization.learning_rate`, `data/manifest.json`."""
     found = []
     for section, value in now["params"].items():
         old = before["params"].get(section)
         if section not in WHERE and value != old:
-            keys = [key for key in value if not isinstance(old, dict) or value[key] != old.get(key)]
-            found += [f"{section}.{key}" for key in keys] if isinstance(value, dict) else [section]
+            whole = not (isinstance(old, dict) and isinstance(value, dict))
+            found += [section] if whole else [f"{section}.{key}" for key in value if value[key] != old.get(key)]
     found += [f"data/{name}" for name, sha in now["data"].items() if before["data"].get(name) != sha]
     return found + [name for name in ("steps", "faults") if before[name] != now[name]]
 
