@@ -151,7 +151,8 @@ class Sweep(Section):
     finalists: int = Field(3, ge=1, description="best trials that run again, beside the profile")
     seeds: int = Field(3, ge=1, description="seeds of each finalist, none of which the search saw")
     hot: list[Annotated[float, Field(gt=0)]] = Field(
-        [10.0, 30.0, 100.0], description="multiples of the learning rate whose runs are meant to diverge"
+        [30.0, 100.0, 300.0],
+        description="multiples of the learning rate that runs of the profile get from their middle on, to diverge",
     )
     min_guardrails: int = Field(
         1, ge=0, description="alerts whose shipped threshold must lie between runs that diverged and runs that did not"

@@ -61,10 +61,13 @@ class Jobs:
         self.reports: dict[str, dict[str, Any] | BaseException] = {}
         self.pause = 0.0
 
-    def __call__(self, name: str, p: Params, folder: RunFolder, *, steps: int, quiet: bool) -> None:
+    def __call__(
+        self, name: str, p: Params, folder: RunFolder, *, steps: int, faults: list[dict[str, Any]], quiet: bool
+    ) -> None:
+        assert faults == (study.heat(steps, 100.0) if "-hot-" in name else [])
         assert steps == P.sweep.steps and p.layout.processes == 1
         home = folder.path / "checkpoints" / name
-        write_json(home / "job.json", study.describe(name, p, folder, steps, ()))
+        write_json(home / "job.json", study.describe(name, p, folder, steps, faults))
         (home / "checkpoint-2").mkdir(exist_ok=True)
         self.names.append(name)
         made = self.reports.get(name, {})
@@ -128,7 +131,7 @@ def test_a_trial_runs_on_one_process_whatever_the_layout(sizes: dict[str, int]) 
 
 
 def test_a_space_that_leaves_a_range_is_refused_before_anything_runs(folder: RunFolder, jobs: Jobs) -> None:
-    for values in ({"objectives": {"contrastive": 5.0}}, {"sweep": VALUES["sweep"] | {"hot": [2_000.0]}}):
+    for values in ({"objectives": {"contrastive": 5.0}},):
         with pytest.raises(ValueError, match=r"contrastive|learning_rate"):
             study.run(params.validate(VALUES | values), folder)
     assert jobs.names == []
@@ -407,12 +410,20 @@ def test_the_pareto_front_is_what_nothing_beats_and_beats_all_else(points: list[
     assert not sweep.pareto(found)[0]  # a trial without a loss is on no front
 
 
-@given(st.lists(st.floats(-50, 50), min_size=1, max_size=9), st.lists(st.floats(-50, 50), min_size=1, max_size=9))
-def test_a_threshold_separates_or_says_that_none_does(healthy: list[float], bad: list[float]) -> None:
+SCORES = st.lists(st.floats(-50, 50), min_size=1, max_size=9)
+
+
+def test_the_rate_rises_when_the_windows_are_warm_or_in_the_middle() -> None:
+    assert study.heat(20, 30.0) == [{"kind": "hot_rate", "step": [*range(guard.WARM + 2, 21)], "factor": 30.0}]
+    assert study.heat(4, 30.0)[0]["step"] == [3, 4]
+
+
+@given(SCORES, SCORES, st.integers(1, 9))
+def test_a_threshold_separates_or_says_that_none_does(healthy: list[float], bad: list[float], among: int) -> None:
     for below in (False, True):
-        made = findings.separate(healthy, bad, below=below)
+        made = findings.separate(healthy, bad, below=below, among=among)
         possible = max(bad) < min(healthy) if below else min(bad) > max(healthy)
-        enough = math.comb(len(healthy) + len(bad), len(bad)) >= 20  # orders, of which one separates by chance
+        enough = math.comb(len(healthy) + len(bad), len(bad)) >= 20 * among  # orders, of which one separates by chance
         assert (made["verdict"] == "separable") == (possible and enough)
         assert made["verdict"].startswith("too few runs") == (possible and not enough)
         assert (made["healthy"], made["diverged"]) == (len(healthy), len(bad))
@@ -433,17 +444,39 @@ def rows_of(losses: list[float], norms: list[float], nonfinite: int = 0) -> pd.D
 
 
 def test_thresholds_of_runs_of_which_some_diverged() -> None:
-    calm = {f"calm-{n}": rows_of([7.0 - 0.1 * i for i in range(12)], [2.0 + 0.1 * n] * 12) for n in range(5)}
-    wild = {f"wild-{n}": rows_of([7.0] * 9 + [9.0, 11.0, 12.0], [2.0] * 9 + [40.0 + n, 90.0, 80.0]) for n in range(2)}
+    calm = {f"calm-{n}": rows_of([7.0 - 0.1 * i for i in range(16)], [2.0 + 0.1 * n] * 16) for n in range(9)}
+    hot = [7.0] * 9 + [9.0, 11.0, 12.0] + [13.0] * 4
+    wild = {f"wild-{n}": rows_of(hot, [2.0] * 9 + [40.0 + n, 90.0, 80.0] + [1e6] * 4) for n in range(3)}
     made = sweep.thresholds(P, calm | wild)
     norm = made.loc["gradient norm"]
-    assert norm.verdict == "separable" and (norm.low, norm.high) == (pytest.approx(2.4), 90.0)
-    assert norm.threshold == pytest.approx(math.sqrt(2.4 * 90)) and (norm.healthy, norm.diverged) == (5, 2)
+    assert norm.verdict == "separable" and (norm.low, norm.high) == (pytest.approx(2.8), 90.0), "not the last quarter"
+    assert norm.threshold == pytest.approx(math.sqrt(2.8 * 90)) and (norm.healthy, norm.diverged) == (9, 3)
     spike = made.loc["TrainGradSpike"]
     assert spike.shipped == 10 and spike.holds and spike.low == pytest.approx(1.0) and spike.high == pytest.approx(45.0)
     assert made.loc["TrainLossSpike"].verdict == "separable"
-    assert made.loc["TrainRouterEntropyLow"].verdict.startswith("not separable: the scores of both kinds overlap")
+    for name in ("TrainRouterEntropyLow", "TrainRouterEntropyHigh"):
+        assert made.loc[name].verdict == "not separable: no diverged run has this score", "it holds 1,000 steps"
     assert not made.index.str.contains("NonFinite").any()  # what defines a divergence cannot foretell it
+    few = sweep.thresholds(P, {name: rows for name, rows in (calm | wild).items() if name[-1] in "01"})
+    assert few.loc["gradient norm"].verdict.startswith("too few runs: scores that say nothing part like this with")
+
+
+@given(st.lists(st.floats(0, 1, width=16), min_size=1, max_size=12), st.integers(1, 4), st.booleans())
+def test_a_run_comes_as_near_to_an_alert_as_the_threshold_at_which_it_just_fires(
+    values: list[float], hold: int, below: bool
+) -> None:
+    alert = guard.load(P)[0].model_copy(
+        update={"series": "router_entropy", "comparison": "below" if below else "above", "hold": hold}
+    )
+    near = findings.extreme(pd.DataFrame({"router_entropy": values}), alert)
+
+    def fires(threshold: float) -> bool:
+        watch = guard.Guard([alert.model_copy(update={"threshold": threshold})])
+        return any(watch.observe({"router_entropy": value}) for value in values)
+
+    assert math.isnan(near) == (len(values) < hold)
+    if not math.isnan(near):
+        assert not fires(near) and fires(np.nextafter(near, 2 if below else -1))
 
 
 def test_without_a_diverged_run_there_is_no_threshold() -> None:

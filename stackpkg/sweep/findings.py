@@ -22,6 +22,7 @@ from stackpkg.telemetry import guard, rows
 
 CONFIDENCE = 0.95
 DEFINING = ("nonfinite", "update_skipped")  # series that say that a run diverged cannot foretell it
+QUARTER = 4  # the last part of a run says whether it diverged; what the rest says is how one could have known
 
 
 def history(folder: RunFolder, job: str) -> pd.DataFrame:
@@ -41,7 +42,7 @@ def diverged(table: pd.DataFrame) -> bool:
     if table.empty:
         return False
     loss = table["loss_language_modelling"].astype(float)
-    return bool(table["nonfinite"].any() or loss.iloc[-max(1, len(loss) // 4) :].median() > loss.iloc[0])
+    return bool(table["nonfinite"].any() or loss.iloc[-max(1, len(loss) // QUARTER) :].median() > loss.iloc[0])
 
 
 def table(parts: Mapping[str, Part], folder: RunFolder) -> pd.DataFrame:
@@ -57,7 +58,7 @@ def table(parts: Mapping[str, Part], folder: RunFolder) -> pd.DataFrame:
             row |= {"feasible": feasible(trial), "diverged": diverged(rows_of), "of": arm.get("of", trial.number)}
             row |= {key: attrs.get(key, math.nan) for key in ("router_entropy", "precision_at_k")}
             row |= {f"room_{key}": -value for key, value in trial.constraints.items()}
-            row |= {"seed": arm.get("seed", part.p.seed), "error": attrs.get("error", "")}
+            row |= {"seed": arm.get("seed", part.p.seed), "hot": arm.get("hot", 1.0), "error": attrs.get("error", "")}
             found.append(row | (arm.get("factors") or trial.params))
     return pd.DataFrame(found)
 
@@ -133,18 +134,22 @@ def write_winner(p: Params, folder: RunFolder, won: dict[str, Any]) -> str:
 
 
 def extreme(table: pd.DataFrame, alert: guard.Alert) -> float:
-    """The score that comes nearest to setting off `alert`; NaN when there is none (a window needs its first values)."""
+    """How near the run came to setting off `alert`: of the scores that it must hold in a row the quietest, there where
+    that is loudest. NaN when there are too few (a window needs its first values)."""
     window, scores = deque[float](maxlen=guard.WINDOW), list[float]()
     for value in table.get(alert.series, pd.Series(dtype=float)).dropna():
         if math.isfinite(value):
             if alert.comparison in ("above", "below") or len(window) >= guard.WARM:
                 scores.append(guard.score(alert, value, window))
             window.append(value)
-    return (min if alert.comparison == "below" else max)(scores, default=math.nan)
+    quiet, loud = (max, min) if alert.comparison == "below" else (min, max)
+    held = [quiet(scores[k : k + alert.hold]) for k in range(len(scores) - alert.hold + 1)]
+    return loud(held, default=math.nan)
 
 
-def separate(healthy: Sequence[float], bad: Sequence[float], *, below: bool) -> dict[str, Any]:
-    """The threshold between the scores of healthy and of diverged runs, if any value has them on two sides.
+def separate(healthy: Sequence[float], bad: Sequence[float], *, below: bool, among: int = 1) -> dict[str, Any]:
+    """The threshold between the scores of healthy and of diverged runs, if any value has them on two sides; `among` as
+    many scores that are asked so.
 
     `low` to `high` is the gap, in which every value separates these runs. `false_alarms` and `misses` are the 95%
     upper bounds of the rates that so few runs allow; with too few the verdict says so. `auc` is the
@@ -169,24 +174,26 @@ def separate(healthy: Sequence[float], bad: Sequence[float], *, below: bool) -> 
     }
     # none in n: p <= 1 - 0.05^(1/n)   (Clopper & Pearson 1934, one-sided)
     made |= {name: 1 - (1 - CONFIDENCE) ** (1 / len(x)) for name, x in (("false_alarms", good), ("misses", ill))}
-    # scores that say nothing fall apart so in 1 of C(n + m, m) orders   (Fisher's exact permutation test)
-    chance = 1 / math.comb(len(good) + len(ill), len(ill))
+    # scores that say nothing fall apart so in 1 of C(n + m, m) orders   (Fisher's exact permutation test), and of k of
+    # them one does in k times as many   (Bonferroni)
+    chance = min(1.0, among / math.comb(len(good) + len(ill), len(ill)))
     too_few = f"too few runs: scores that say nothing part like this with chance {chance:.2f}"
     return made | {"verdict": "separable" if chance <= 1 - CONFIDENCE else too_few}
 
 
 def thresholds(p: Params, runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """For every guardrail watched each step, and for the plain gradient norm: does a value of its score separate the
-    runs (name -> rows by step) that diverged from those that did not, and is it the value that we ship?"""
+    runs (name -> rows by step) that diverged from those that did not, and is it the value that we ship? Scored are the
+    steps before the last quarter, which says what diverged: so an alert foretells it, or does not."""
     alerts = [a for a in guard.load(p) if a.per == "step" and a.series not in (*DEFINING, "data_wait_seconds")]
     spike = next(a for a in alerts if a.series == "grad_norm")
     alerts.append(spike.model_copy(update={"name": "gradient norm", "comparison": "above", "threshold": math.nan}))
     bad = {name: diverged(table) for name, table in runs.items()}
     made = []
     for alert in alerts:
-        scores = {name: extreme(table, alert) for name, table in runs.items()}
+        scores = {name: extreme(table.iloc[: -max(1, len(table) // QUARTER)], alert) for name, table in runs.items()}
         sides = ([score for name, score in scores.items() if bad[name] is side] for side in (False, True))
-        found = separate(*sides, below=alert.comparison == "below")
+        found = separate(*sides, below=alert.comparison == "below", among=len(alerts))
         shipped = float(alert.threshold)
         found["shipped"], found["holds"] = shipped, found["low"] <= shipped <= found["high"]
         made.append({"alert": alert.name, "series": alert.series, "comparison": alert.comparison} | found)

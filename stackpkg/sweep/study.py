@@ -29,6 +29,7 @@ from stackpkg import runs
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.sweep.space import excess, overlay, rung, space, variant
+from stackpkg.telemetry.guard import WARM
 from stackpkg.training.launch import describe, launch
 from stackpkg.training.stop import FILE, Stopped, request
 
@@ -59,6 +60,7 @@ class Job:
     name: str
     spec: str
     p: Params
+    faults: list[dict[str, Any]]
     reports: int = 0
     loss: float = math.nan  # the last one reported
     pruned: bool = False
@@ -142,8 +144,9 @@ class Part:
         trial.set_user_attr("job", name)
         (self.folder / f"checkpoints/{name}/{FILE}").unlink(missing_ok=True)  # for a worker that is gone
         p = variant(self.p, factors, seed)
-        spec = describe(name, p, self.folder, p.sweep.steps, ())["digest"]
-        return Job(self, trial, held, name, spec, p)
+        faults = heat(p.sweep.steps, arm["hot"]) if arm and "hot" in arm else []
+        spec = describe(name, p, self.folder, p.sweep.steps, faults)["digest"]
+        return Job(self, trial, held, name, spec, p, faults)
 
     def watch(self, job: Job, alive: bool) -> None:
         """Report the evaluations that are new; ask the job to stop when the pruner gives the trial up."""
@@ -207,8 +210,8 @@ def _work(parts: Iterable[Part]) -> None:
             try:
                 while True:
                     while len(running) < cores and (job := next(filter(None, (part.ask() for part in parts)), None)):
-                        steps = job.p.sweep.steps
-                        running[pool.submit(launch, job.name, job.p, job.part.folder, steps=steps, quiet=True)] = job
+                        how = {"steps": job.p.sweep.steps, "faults": job.faults, "quiet": True}
+                        running[pool.submit(launch, job.name, job.p, job.part.folder, **how)] = job
                     if not running:
                         if all(len(part.trials()) >= part.wanted for part in parts):
                             return
@@ -239,12 +242,19 @@ def finalists(search: Part) -> list[dict[str, Any]]:
     return [{"of": number, "seed": seed, "factors": factors} for number, factors in chosen for seed in seeds]
 
 
+def heat(steps: int, factor: float) -> list[dict[str, Any]]:
+    """Faults of a run that is sound until the windows of the guardrails are warm, or, where it is shorter, to its
+    middle; from there on each update has `factor` times the learning rate."""
+    first = min(WARM + 2, steps // 2 + 1)
+    return [{"kind": "hot_rate", "step": [*range(first, steps + 1)], "factor": factor}]
+
+
 def run(p: Params, folder: RunFolder) -> dict[str, Part]:
-    """The whole sweep: `search`, `hot` runs meant to diverge, and `final` runs of the best. What has ended is not run
-    again, so a sweep cut off goes on; any number of processes may run it at once.
+    """The whole sweep: `search`, `hot` runs of the profile meant to diverge, and `final` runs of the best. What has
+    ended is not run again, so a sweep cut off goes on; any number of processes may run it at once.
     """
     write_json(folder / "sweep/params.json", p.model_dump(mode="json"))
-    hot = [{"seed": p.seed, "factors": {"optimization.learning_rate": factor}} for factor in p.sweep.hot]
+    hot = [{"seed": p.seed + k, "factors": {}, "hot": factor} for k, factor in enumerate(p.sweep.hot)]
     parts = [Part(p, folder, "search"), Part(p, folder, "hot", hot)]
     _work(parts)
     parts.append(Part(p, folder, "final", finalists(parts[0])))

@@ -17,7 +17,7 @@ from stackpkg.training.mesh import local
 LOSSES = {"nan_loss": float("nan"), "inf_loss": float("inf")}
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
 KINDS = (
-    *SIGNALS, "kill_saving", "hang", "disk_full", "clock_back", *LOSSES,
+    *SIGNALS, "kill_saving", "hang", "disk_full", "clock_back", "hot_rate", *LOSSES,
     "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "nan_moment",
 )  # fmt: skip
 ROOM = 1 << 16  # bytes that a file may have once the disk is full
@@ -46,9 +46,10 @@ def inject(
     `here` is step (from 1), rank, attempt, cursor (step of the data, from 0) and precision; a fault names any of them,
     by a value or a list of values. Kinds: `kill` and `terminate` (SIGKILL and SIGTERM, as the machine would, but after
     `settle`: a drill ends the same each time); `hang`, for ever; `disk_full`, from when on no file grows beyond `ROOM`
-    bytes; `clock_back`, by a day; NaN or infinity in one number of a gradient, or a gradient 10,000 times as large; NaN
-    in one number of a weight or of Adam's first moment, from which the next gradients are none. Done elsewhere are
-    `kill_saving`, while the checkpoint of a step is written, and the losses of `spoilt`.
+    bytes; `clock_back`, by a day; `hot_rate`, this update at `factor` times the learning rate; NaN or infinity in one
+    number of a gradient, or a gradient 10,000 times as large; NaN in one number of a weight or of Adam's first moment,
+    from which the next gradients are none. Done elsewhere are `kill_saving`, while the checkpoint of a step is written,
+    and the losses of `spoilt`.
     Raises `ValueError` for an unknown kind.
     """
     kind = fault["kind"]
@@ -68,6 +69,9 @@ def inject(
     elif kind == "clock_back":
         real = time.time
         time.time = lambda: real() - 86_400
+    elif kind == "hot_rate":
+        for group in optimizer.param_groups:  # the schedule sets it anew after the update
+            group["lr"] *= fault["factor"]
     else:
         _damage(kind, model, optimizer)
 

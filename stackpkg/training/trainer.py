@@ -68,7 +68,8 @@ class StackTrainer(Resumable):
         self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
         self.p, self.stream, self.folder, self.name, self.attempt, self._rung = p, stream, folder, name, attempt, rung
         self.mesh, self.rank, self.ranks = mesh, dist.get_rank(), p.layout.data_parallel
-        self.loss = StepLoss(model, stream, p, mesh, Path(str(args.output_dir)), self.args.device)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=args.bf16):  # as the steps: for DPO
+            self.loss = StepLoss(model, stream, p, mesh, Path(str(args.output_dir)), self.args.device)
         self.loss.spoil = lambda total: spoilt(total, self.faults, self._here())
         self.composer = self.loss.composer
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
