@@ -217,7 +217,9 @@ def test_a_reviewer_signs_with_a_key_of_their_own(run: Path, tmp_path_factory: p
     done = call("verify", run)
     assert done.exit_code == 1 and "decision is 'approve-with-conditions', not 'approve'" in done.stderr
     wrong = call("sign", run, "--role", "legal", "--key", keys / "safety", "--reviewer", "safety@example.org")
-    assert wrong.exit_code == 1 and "roles ('architecture', 'infrastructure', 'safety')" in wrong.stderr
+    assert (
+        wrong.exit_code == 1 and "unknown role 'legal'; allowed: architecture, infrastructure, safety" in wrong.stderr
+    )
     missing = call("sign", run, "--role", "safety", "--key", keys / "none", "--reviewer", "safety@example.org")
     assert missing.exit_code == 1 and "could not sign" in missing.stderr
 
