@@ -184,7 +184,8 @@ def faults(found: dict[str, Any]) -> str:
     """What each drill did to a job, and how the job went on."""
     rows = []
     for row in found["rows"]:
-        difference = "to the bit" if row["same"] else f"{row['loss_difference']:+.1e}"
+        less = float(row["loss_difference"])  # strict JSON holds "NaN" as a string
+        difference = "to the bit" if row["same"] else f"{less:+.1e}" if less == less else "ended"
         again = f"{row['again']}" if row["attempts"] > 1 else ""
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
         went = ", ".join(row["went"]) or "nothing to do"
