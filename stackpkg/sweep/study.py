@@ -210,7 +210,7 @@ def _work(parts: Iterable[Part]) -> None:
             try:
                 while True:
                     while len(running) < cores and (job := next(filter(None, (part.ask() for part in parts)), None)):
-                        how = {"steps": job.p.sweep.steps, "faults": job.faults, "quiet": True}
+                        how: dict[str, Any] = {"steps": job.p.sweep.steps, "faults": job.faults, "quiet": True}
                         running[pool.submit(launch, job.name, job.p, job.part.folder, **how)] = job
                     if not running:
                         if all(len(part.trials()) >= part.wanted for part in parts):
