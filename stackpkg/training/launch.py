@@ -121,9 +121,8 @@ def launch(
             )
     else:
         if done.exists() or not same:
-            if job.exists() and not quiet:
-                what = ", ".join(differences(read_json(job), spec)) or "nothing: it has ended, and starts anew"
-                print(f"[{name}] another job than the one here; it moves to outbox/.previous. What differs: {what}")
+            if not quiet and job.exists() and (what := differences(read_json(job), spec)):
+                print(f"[{name}] another job than the one here, which moves to outbox/.previous: {', '.join(what)}")
             _start_fresh(folder, name)
         write_json(job, spec)  # of the same job, the layout that it goes on in
         (home / DIAGNOSIS).unlink(missing_ok=True)
