@@ -117,7 +117,9 @@ def test_layouts_part_by_rounding_alone() -> None:
 # ---- what an attempt records
 
 
-def test_an_attempt_records_what_is_needed_to_compute_it_again(folder: RunFolder) -> None:
+def test_an_attempt_records_what_is_needed_to_compute_it_again(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found(folder, "one process")
     home = folder.path / "checkpoints/one-process"
     job, attempt = read_json(home / "job.json"), read_json(home / "attempts.json")[-1]
@@ -126,5 +128,6 @@ def test_an_attempt_records_what_is_needed_to_compute_it_again(folder: RunFolder
     assert (kept["layout"], kept["processes"], kept["precision"]) == ("one process", 1, "fp32")
     assert kept["data"] == runs.digest(folder.path / "data/manifest.json") and kept["job_digest"] == job["digest"]
     assert kept["machine"]["torch"] == torch.__version__ and kept["machine"]["instructions"]
+    monkeypatch.setattr(runs, "root", lambda: Path(runs.__file__).parents[1])  # the checkout that the worker ran
     here = runs.environment()
     assert {name: kept[name] for name in here} == here  # versions, lock, commit, dirty state, cores, memory
