@@ -24,7 +24,12 @@ from stackpkg.runs import read_json, write_json, write_text
 from stackpkg.training.stop import PREEMPTED
 
 HEAD = "$HEAD_NODE"  # stands in a command for the address of the first node
-QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+# By itself glibc hands blocks above 32 MiB back to the kernel, and takes them again page by page at every step: a layer
+# of 32,768 tokens took 1.7 times as long (benchmarks/attention.py).
+KEPT = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"}
+QUIET = KEPT | {
+    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
 POLL = 5.0  # seconds between two looks at a job
 
 
