@@ -36,7 +36,7 @@ WORDS = ("order", "token", "shard", "stream", "window", "record", "licence", "ma
 
 
 def profile(layout: str) -> Params:
-    """The job of a layout: the same for all, but that tensor parallel ranks have no conformance."""
+    """The job of a layout: all of it but the layout is the same for all."""
     sizes = {} if layout == "one process" else support.LAYOUTS[layout]
     p = parity.profile("stackpkg", sizes, batch_tokens=512, epoch_steps=50, deterministic=True).model_dump(mode="json")
     rides = {"long_range": 0.25, "retrieval": 0.5, "preferences": 0.5, "conversations": 0.5}
@@ -45,7 +45,7 @@ def profile(layout: str) -> Params:
     p["data"]["sources"] = [{"kind": "folder", "path": "outbox/.golden/text"}]
     p["data"] |= {"vocab_size": 400, "ttl_seconds": 10**11}  # no record ever ends
     p["auxiliary"] |= {"conversations": 32, "conversation_tokens": 192}
-    p["objectives"] |= {"preference": 0.1, "conformance": 0.0 if p["layout"]["tp"] > 1 else 0.1}
+    p["objectives"] |= {"preference": 0.1, "conformance": 0.1}
     p["optimization"] |= {"learning_rate": 3e-3, "warmup_steps": 10, "floor": 3e-4}
     p["snapshots"] |= {"every_steps": 30}
     return params.validate(p)
