@@ -1,4 +1,4 @@
-"""`stackpkg`: run, launch, params, trace, withdraw, skip, status, verify, sign, book."""
+"""`stackpkg`: run, launch, params, trace, withdraw, skip, status, verify, sign, push, book."""
 
 from __future__ import annotations
 
@@ -252,6 +252,26 @@ def sign(
     except (OSError, ValueError, RuntimeError) as error:
         _stop(error)
     typer.echo(f"wrote {written.name} and {written.name}.sig")
+
+
+@app.command()
+def push(
+    path: Folder, repository: Annotated[str, typer.Argument(help="owner/name on the hub; made, private, if missing")]
+) -> None:
+    """Send the promoted version to a Hugging Face hub (HF_ENDPOINT, HF_TOKEN), and check what arrived."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+
+    from stackpkg.governance import release
+
+    folder = _folder(path)
+    try:
+        commit = release.push(folder, repository)
+    except (OSError, HTTPError) as error:
+        _stop(f"the hub at {constants.ENDPOINT}: {error}")
+    except ValueError as error:
+        _stop(error)
+    typer.echo(f"{repository} at {commit} is what was promoted")
 
 
 @app.command()

@@ -1,15 +1,20 @@
-"""The model card of a promoted version, made from what was measured and from the digests of the evidence."""
+"""A promoted version and its readers: the model card, made from measures and digests of evidence, and the hub."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub.hf_api import RepoFile
 
 from stackpkg import runs
 from stackpkg.governance.datacards import render
+from stackpkg.training import promotion
+
+ATTRIBUTES = ".gitattributes"  # the hub's own, in every repository
 
 
 def card(
@@ -54,3 +59,50 @@ def card(
         "about": dict(about), "digests": {name: runs.digest(path) for name, path in found.items()},
     }  # fmt: skip
     return f"---\n{head.to_yaml()}\n---\n\n{render('release_card.md.j2', known)}"
+
+
+def push(folder: runs.RunFolder, repository: str) -> str:
+    """Send the current version of a run to `repository` (owner/name) of the hub that `HF_ENDPOINT` names, with the
+    token of `HF_TOKEN`: one commit, checked file by file, then tagged with the version. A repository that is not there
+    is made, private. Pushing the same again changes nothing. Returns the commit.
+
+    Raises `ValueError` where nothing is promoted, the artifact changed since, or the hub has another such version, and
+    what the hub's client raises where the hub does not answer or refuses.
+    """
+    artifacts = folder.path / "artifacts"
+    version = promotion.registry(artifacts)["current"]
+    if version is None:
+        raise ValueError(f"nothing of outbox/{folder.name} is promoted; its notebook 32 tells what the gate missed")
+    if not promotion.whole(artifacts, version):
+        raise ValueError(f"{version} changed since it was promoted; run notebook 32 of outbox/{folder.name} again")
+    api = HfApi(library_name="stackpkg")
+    api.create_repo(repository, private=True, exist_ok=True)
+    for tag in api.list_repo_refs(repository).tags:
+        if tag.name == version:
+            if differing := _differing(api, repository, tag.target_commit, artifacts / version):
+                raise ValueError(f"{repository} has another {version}, see {differing[0]}; promote under a new name")
+            return tag.target_commit
+    about = f"{folder.name} {version}, sha256 {runs.digest(artifacts / version)}"
+    commit = api.upload_folder(
+        repo_id=repository, folder_path=artifacts / version, commit_message=about, delete_patterns="*"
+    ).oid
+    if differing := _differing(api, repository, commit, artifacts / version):
+        raise ValueError(f"{repository} does not hold {version} as it is here, see {differing[0]}; push again")
+    api.create_tag(repository, tag=version, revision=commit)
+    return commit
+
+
+def _differing(api: HfApi, repository: str, commit: str, version: Path) -> list[str]:
+    """The files that a commit of the hub and a folder have not in common, byte for byte."""
+    here = {path.relative_to(version).as_posix(): path for path in runs.files_below(version)}
+    tree = api.list_repo_tree(repository, recursive=True, revision=commit)
+    there = {file.path: file for file in tree if isinstance(file, RepoFile) and file.path != ATTRIBUTES}
+    same = {name for name in here.keys() & there.keys() if _same(here[name], there[name])}
+    return sorted((here.keys() | there.keys()) - same)
+
+
+def _same(path: Path, file: RepoFile) -> bool:
+    if file.lfs:
+        return file.lfs.sha256 == runs.digest(path)
+    content = path.read_bytes()
+    return file.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

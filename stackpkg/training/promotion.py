@@ -98,8 +98,8 @@ def _line(artifacts: Path) -> list[str]:
     return line
 
 
-def _whole(artifacts: Path, version: str) -> bool:
-    """Whether the artifact is on disk as it was promoted."""
+def whole(artifacts: Path, version: str) -> bool:
+    """Whether the artifact of a version is on disk as it was promoted."""
     events = [e for e in registry(artifacts)["history"] if e["event"] == "promoted" and e["version"] == version]
     return bool(events) and (artifacts / version).is_dir() and digest(artifacts / version) == events[-1]["sha256"]
 
@@ -108,7 +108,7 @@ def demote(artifacts: Path, reason: str) -> str | None:
     """Make the version promoted before the current one current again; returns it, None when there is none. One that is
     not on disk as it was promoted is passed over."""
     current = registry(artifacts)["current"]
-    earlier = [version for version in _line(artifacts) if version != current and _whole(artifacts, version)]
+    earlier = [version for version in _line(artifacts) if version != current and whole(artifacts, version)]
     back = earlier[-1] if earlier else None
     _enter(artifacts, {"event": "demoted", "version": current, "reason": reason}, back)
     return back
@@ -119,9 +119,9 @@ def roll_back(artifacts: Path, version: str, reason: str) -> None:
 
     Raises `ValueError` for one that never was, or is not on disk as it was promoted.
     """
-    if not _whole(artifacts, version):
+    if not whole(artifacts, version):
         known = sorted({event["version"] for event in registry(artifacts)["history"] if event["event"] == "promoted"})
-        whole = [name for name in known if _whole(artifacts, name)]
-        raise ValueError(f"{version} can't be current: never promoted, or changed since; allowed: {whole or 'none'}")
+        there = [name for name in known if whole(artifacts, name)]
+        raise ValueError(f"{version} can't be current: never promoted, or changed since; allowed: {there or 'none'}")
     event = {"event": "rolled_back", "version": version, "from": registry(artifacts)["current"], "reason": reason}
     _enter(artifacts, event, version)
