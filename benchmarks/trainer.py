@@ -1,31 +1,30 @@
-"""What the stack costs on top of the stock `Trainer`: `python benchmarks/trainer.py [--json FILE] [--rounds 7]`.
+"""What the stack costs on top of the stock `Trainer`: `python benchmarks/trainer.py [--json FILE] [--blocks 11]`.
 
-One process, one thread, the reference model at two sizes, the same initial weights, the same rows in the same order,
-fused AdamW, clip and schedule. Systems take turns, a block of steps each, in an order that turns round each time:
+One process, the reference model at two sizes, the same initial weights, the same rows in the same order, fused AdamW,
+clip and schedule. Two systems train at the same time and take turns step by step, a thread each of which one computes,
+so that both meet the same machine:
 
 bare       `transformers.Trainer`, its defaults; rows ready in memory; the model's own loss
 stack      `StackTrainer`: rows packed by the stream as they are needed, the composer with language modelling alone,
            router statistics, row and alerts of every step, the spike guard and the recovery ladder, the norm of the
-           weights, their average, a probe of attention and a snapshot written behind the training once in a block;
-           not in it is the evaluation, which the other does not have
+           weights, their average, a probe of attention every 32 steps, a snapshot written behind the training every
+           16; not in it is the evaluation, which the other does not have
 objectives the same with retrieval, long-range, load-balance, entropy and regret objectives, whose forwards and
            backwards are work that the other systems do not do
 
-A block is timed from its second step to the end of training, a snapshot still under way included. The
-overhead is the median over rounds of the ratio of neighbours, with the order statistics that hold the median with at
-least 90 % (exact, of the binomial). `wall` is the clock's, `cpu` of all threads, `thread` of the one that
-computes, and least disturbed by what else the machine does. Then one block is timed part by part, in seconds of that
-thread; a part is not all overhead: the composer takes the place of the model's own loss, norm and clip of the stock's.
+A step lasts until the next begins. The overhead is the ratio of the sums over all steps but the first block of 16, with
+the 95 % interval of a bootstrap over blocks. `wall` is the clock's, `cpu` the thread's and what the threads that write
+snapshots used meanwhile. Then one run is timed part by part, in seconds of its thread; a part is not all overhead:
+the composer takes the place of the model's own loss, norm and clip of the stock's.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -35,9 +34,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import numpy as np
 import report
 import torch
 import torch.distributed as dist
+from scipy.stats import bootstrap
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -57,54 +58,70 @@ SIZES = {
     "large": HEADS | {"hidden_size": 256, "num_hidden_layers": 6, "head_dim": 64, "moe_intermediate_size": 512,
                       "num_experts": 4, "sliding_window": 32},
 }  # fmt: skip
-STEPS, SAVE, TOKENS, CONTEXT = 32, 16, 2048, 256
+BLOCK, TOKENS, CONTEXT = 16, 2048, 256  # steps of a block, each with a snapshot; every second has a probe
 TERMS = ("contrastive", "load_balance", "gate_entropy", "z_loss", "regret", "long_range", "preference", "conformance")
 BARE, STACK, OBJECTIVES = "bare", "stack", "objectives"
 
 
-def profile(config: dict[str, Any], objectives: bool) -> Params:
-    p = parity.profile("stackpkg", {}, batch_tokens=TOKENS, accumulation=1, epoch_steps=STEPS).model_dump(mode="json")
-    p["curriculum"] = [{"steps": STEPS, "context": CONTEXT, "long_range": 0.125, "retrieval": float(objectives)}]
+def profile(config: dict[str, Any], steps: int, objectives: bool) -> Params:
+    p = parity.profile("stackpkg", {}, batch_tokens=TOKENS, accumulation=1, epoch_steps=2 * BLOCK)
+    p = p.model_dump(mode="json")
+    p["curriculum"] = [{"steps": steps, "context": CONTEXT, "long_range": 0.125, "retrieval": float(objectives)}]
     p["auxiliary"] |= {"query_tokens": 16, "document_tokens": 48}
     p["data"] |= {"vocab_size": 2048, "longest_document": CONTEXT}
     p["model"] = {"kind": "stack", "config": config}
     p["objectives"] = {"norms_every": 50, "ramp_steps": {}} | ({} if objectives else dict.fromkeys(TERMS, 0.0))
     p["optimization"] |= {"learning_rate": 3e-4, "ema_decay": 0.999}
-    p["snapshots"] |= {"every_steps": SAVE, "keep_last": 1}
+    p["snapshots"] |= {"every_steps": BLOCK, "keep_last": 1}
     return params.validate(p)
 
 
-KINDS = ("wall", "cpu", "thread")
+class Baton:
+    """Held by the one of two systems that computes."""
 
+    def __init__(self, systems: tuple[str, ...]) -> None:
+        self.change, self.order = threading.Condition(), list(systems)
 
-def now() -> tuple[float, ...]:
-    return time.perf_counter(), time.process_time(), time.thread_time()
+    def take(self, system: str) -> None:
+        with self.change:
+            self.change.wait_for(lambda: self.order[0] == system)
+
+    def give(self, system: str, last: bool = False) -> None:
+        with self.change:
+            self.order.remove(system)
+            self.order += [] if last else [system]
+            self.change.notify_all()
 
 
 class Clock(TrainerCallback):
-    """Seconds a step, from the second to the end of training: `wall`, `cpu` of all threads, `thread` of this one, which
-    computes; the others write snapshots."""
+    """Seconds of every step: the clock's, of the thread that computes, and of all other threads."""
 
-    def __init__(self, spent: dict[str, float] | None = None) -> None:
-        self.spent = spent
+    def __init__(self, system: str, baton: Baton) -> None:
+        self.system, self.baton, self.steps = system, baton, []
+        self.began: tuple[float, ...] = ()
+
+    def stamp(self) -> None:
+        if self.began:
+            self.steps.append([end - start for end, start in zip(now(), self.began, strict=True)])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 1:
-            self.began = now()
-            if self.spent:
-                self.spent.clear()
+        if self.began:
+            self.stamp()
+            self.baton.give(self.system)
+        self.baton.take(self.system)
+        self.began = now()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        took = ((end - start) / (STEPS - 1) for end, start in zip(now(), self.began, strict=True))
-        self.wall, self.cpu, self.thread = took
+        self.stamp()
+
+
+def now() -> tuple[float, ...]:
+    thread = time.thread_time()
+    return time.perf_counter(), thread, time.process_time() - thread
 
 
 class Ours(StackTrainer):
-    """Without what a block would do too often: an evaluation, and a second snapshot, at its end."""
-
-    def _save_checkpoint(self, *given: Any) -> None:
-        if self.state.global_step < STEPS:
-            super()._save_checkpoint(*given)
+    """Without its evaluation."""
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         return {"eval_loss": 0.0}
@@ -114,7 +131,7 @@ class Rows(torch.utils.data.Dataset):
     """The rows of all steps, in order, ready."""
 
     def __init__(self, stream: Stream) -> None:
-        steps = (stream.batch(list(stream.plan.rows_at(step))) for step in range(STEPS))
+        steps = (stream.batch(list(stream.plan.rows_at(step))) for step in range(sum(stream.plan.steps)))
         kept = ("input_ids", "position_ids", "labels")
         self.rows = [
             {name: torch.from_numpy(batch[name][row]) for name in kept}
@@ -130,10 +147,11 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Lab:
-    """A model of one size, its data, and a block of training of each system."""
+    """A model of one size, its data, and the three systems."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        self.folder, self.p = folder, {STACK: profile(config, False), OBJECTIVES: profile(config, True)}
+    def __init__(self, folder: Path, config: dict[str, Any], steps: int) -> None:
+        self.folder, self.steps = folder, steps
+        self.p = {STACK: profile(config, steps, False), OBJECTIVES: profile(config, steps, True)}
         if not (folder / "data").exists():
             parity.prepare(folder, self.p[OBJECTIVES])
         self.stream = Stream(folder / "data", self.p[STACK])
@@ -141,14 +159,14 @@ class Lab:
         built = models.build(self.p[STACK].model, self.stream.vocab_size, self.stream.pad_id, 17)
         built.save_pretrained(self.initial)
         self.parameters, self.rows = built.num_parameters(), Rows(self.stream)
-        self.mesh, self.blocks = mesh.build(self.p[STACK].layout), 0
+        self.mesh, self.made = mesh.build(self.p[STACK].layout), 0
 
     def make(self, system: str) -> Trainer:
         set_seed(17)
-        self.blocks += 1
+        self.made += 1
         model = AutoModelForCausalLM.from_pretrained(self.initial, dtype=torch.float32)
         p = self.p[STACK if system == BARE else system]
-        given = training_arguments(p, self.folder / f"checkpoints/block-{self.blocks}", STEPS)
+        given = training_arguments(p, self.folder / f"checkpoints/job-{self.made}", self.steps)
         if system == BARE:
             ours = ("eval_strategy", "eval_steps", "save_steps", "logging_steps", "logging_nan_inf_filter")
             given = {name: value for name, value in given.items() if name not in ours}
@@ -157,20 +175,35 @@ class Lab:
         else:
             made = Ours(
                 model=model, args=TrainingArguments(**given, use_cpu=True), p=p, mesh=self.mesh,
-                stream=Stream(self.folder / "data", p), folder=self.folder, name=f"block-{self.blocks}", attempt=1,
+                stream=Stream(self.folder / "data", p), folder=self.folder, name=f"job-{self.made}", attempt=1,
                 guard=Guard.production(p), faults=[], rung=0,
             )  # fmt: skip
-            made.add_callback(recovery.StopFile(self.folder / f"checkpoints/block-{self.blocks}"))
+            made.add_callback(recovery.StopFile(self.folder / f"checkpoints/job-{self.made}"))
         made.remove_callback(PrinterCallback)
         return made
 
-    def block(self, system: str) -> Clock:
-        """Train a block; what is printed goes nowhere."""
-        made, clock = self.make(system), Clock()
-        made.add_callback(clock)  # last: the others' ends are inside
+    def pair(self, other: str) -> dict[str, np.ndarray]:
+        """Train `bare` and the other, step by step in turn: of each, [steps, 3] seconds as `Clock` takes them."""
+        baton = Baton((BARE, other))
+        clocks = {system: Clock(system, baton) for system in (BARE, other)}
+
+        def run(system: str, made: Trainer) -> None:
+            try:
+                made.train()
+            finally:
+                baton.give(system, last=True)
+
+        threads = []
+        for system, clock in clocks.items():
+            made = self.make(system)
+            made.add_callback(clock)  # last: the others' ends are inside
+            threads.append(threading.Thread(target=run, args=(system, made)))
         with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
-            made.train()
-        return clock
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return {system: np.array(clock.steps) for system, clock in clocks.items()}
 
 
 def parts(lab: Lab) -> dict[str, float]:
@@ -214,56 +247,70 @@ def parts(lab: Lab) -> dict[str, float]:
         timed("counts of the step", made, "_get_num_items_in_batch"),
         timed("composer and router statistics", made.loss, "value"),
     ]
-    made.add_callback(Clock(spent))
+    made.add_callback(Warm(spent))
     try:
         with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
             made.train()
     finally:
         for each in undo:
             each()
-    return {name: seconds / (STEPS - 1) for name, seconds in spent.items()}
+    return {name: seconds / (lab.steps - 1) for name, seconds in spent.items()}
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Median, and the order statistics around it that hold the median of the distribution with at least 90 %."""
-    ordered, n = sorted(values), len(values)
-    # P(x_(k) <= median <= x_(n+1-k)) = 1 - 2 P(Binomial(n, 1/2) < k)   (David and Nagaraja 2003, section 7.1)
-    below = [2 * sum(math.comb(n, j) for j in range(k)) / 2**n for k in range(1, n // 2 + 1)]
-    k = max([k for k, outside in enumerate(below, 1) if outside <= 0.1], default=1)
-    return statistics.median(ordered), ordered[k - 1], ordered[n - k]
+class Warm(TrainerCallback):
+    """Forgets what was spent in the first step."""
+
+    def __init__(self, spent: dict[str, float]) -> None:
+        self.spent = spent
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            self.spent.clear()
 
 
-def measure(name: str, lab: Lab, rounds: int) -> list[dict[str, Any]]:
-    systems, found = [BARE, STACK, OBJECTIVES], defaultdict(list)
-    for turn in range(rounds + 1):
-        for system in systems if turn % 2 else systems[::-1]:
-            clock = lab.block(system)
-            shown = ", ".join(f"{kind} {getattr(clock, kind):.3f} s" for kind in KINDS)
-            print(f"{name} {turn} {system}: {shown}", file=sys.stderr, flush=True)
-            if turn:  # the first warms up
-                found[system].append(clock)
-    title = f"{name}, {lab.parameters / 1e6:.1f}M parameters"
-    rows = []
-    for system in systems:
-        for kind in KINDS:
-            middle = statistics.median(getattr(clock, kind) for clock in found[system])
-            rows.append(report.row(f"{title}: {system}", f"step, {kind}", middle, "s"))
-    for system in (STACK, OBJECTIVES):
-        for kind in KINDS:
-            pairs = zip(found[system], found[BARE], strict=True)
-            ratios = [100 * (getattr(ours, kind) / getattr(bare, kind) - 1) for ours, bare in pairs]
-            for which, value in zip(("median", "low", "high"), interval(ratios), strict=True):
-                rows.append(report.row(f"{title}: {system}", f"overhead {kind}, {which}", value, "%"))
-    step = statistics.median(clock.thread for clock in found[BARE])
-    for part, seconds in sorted(parts(lab).items(), key=lambda item: -item[1]):
-        rows.append(report.row(f"{title}: part", part, 100 * seconds / step, "% of a bare step"))
+def compare(bare: np.ndarray, ours: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """Overhead in %, and its interval, of `wall` and `cpu`: steps [steps, 3] of both, in whole blocks."""
+    bare, ours = (t[BLOCK:].reshape(-1, BLOCK, 3).sum(1) for t in (bare, ours))
+    behind = bare[:, 2] + ours[:, 2]  # a snapshot is written while either computes
+    found = {}
+    for kind, pair in {"wall": (ours[:, 0], bare[:, 0]), "cpu": (ours[:, 1] + behind, bare[:, 1])}.items():
+
+        def overhead(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+            return 100 * (x.sum(axis) / y.sum(axis) - 1)
+
+        low, high = bootstrap(pair, overhead, paired=True, rng=17, method="percentile").confidence_interval
+        found[kind] = float(overhead(*pair)), float(low), float(high)
+    return found
+
+
+def measure(name: str, lab: Lab) -> list[dict[str, Any]]:
+    title, rows, step = f"{name}, {lab.parameters / 1e6:.1f}M parameters", [], 0.0
+    for other in (STACK, OBJECTIVES):
+        seconds = lab.pair(other)
+        for system, steps in seconds.items():
+            middle = float(np.median(steps[BLOCK:, 0]))
+            rows.append(
+                report.row(f"{title}: {system}", f"step beside {other if system == BARE else BARE}", middle, "s")
+            )
+        for kind, values in compare(seconds[BARE], seconds[other]).items():
+            for which, value in zip(("", ", low", ", high"), values, strict=True):
+                rows.append(report.row(f"{title}: {other}", f"overhead {kind}{which}", value, "%"))
+        step = float(seconds[BARE][BLOCK:, 1].mean())
+        print(
+            *(f"{r['system']}, {r['metric']}: {r['value']} {r['unit']}" for r in rows[-6:]),
+            sep="\n",
+            file=sys.stderr,
+            flush=True,
+        )
+    for part, spent in sorted(parts(lab).items(), key=lambda item: -item[1]):
+        rows.append(report.row(f"{title}: part", part, 100 * spent / step, "% of a bare step"))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=11, help="of 16 steps, after the first")
     parser.add_argument("--size", choices=SIZES, action="append", help="one size alone")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -273,9 +320,9 @@ def main() -> None:
     rows, sizes = [], {name: SIZES[name] for name in given.size or SIZES}
     with tempfile.TemporaryDirectory(dir=runs.root() / "outbox") as place:  # a disk, which /tmp need not be
         for name, config in sizes.items():
-            rows += measure(name, Lab(Path(place), config), given.rounds)
+            rows += measure(name, Lab(Path(place), config, (given.blocks + 1) * BLOCK))
     versions = report.machine("torch", "transformers", "accelerate")["versions"]
-    about = {"steps_of_a_block": STEPS, "tokens_of_a_step": TOKENS, "context": CONTEXT, "rounds": given.rounds}
+    about = {"steps_of_a_block": BLOCK, "tokens_of_a_step": TOKENS, "context": CONTEXT, "blocks": given.blocks}
     report.write(rows, given.json, versions=versions, sizes=sizes, **about)
     sys.stdout.flush()
     os._exit(0)
