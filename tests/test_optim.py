@@ -58,7 +58,13 @@ def test_warm_up_stable_decay_is_that_of_the_scheduler(warmup: int, steps: int, 
     if steps == 20:
         assert rates[3:16].tolist() == [o.learning_rate] * 13 and rates[16] < rates[15]
         found = robbins_monro(rates, warmup)
-        assert found["diverges"] and not found["bounded"]  # the noise of a long stable stretch does not die out
+        assert found["diverges"] and found["bounded"]  # in its decay
+
+
+@pytest.mark.parametrize(("decay", "bounded"), [(1, False), (8, False), (10, True), (100, True)])
+def test_a_stable_stretch_must_end_in_a_decay_of_a_tenth(decay: int, bounded: bool) -> None:
+    o = Optimization(learning_rate=3e-3, warmup_steps=3, floor=3e-4, schedule="wsd", decay_steps=decay)
+    assert robbins_monro(learning_rates(o, 103), 3)["bounded"] == bounded
 
 
 def test_robbins_monro_holds_for_a_decay_to_a_floor_and_for_nothing_less() -> None:
