@@ -1,4 +1,4 @@
-"""What the stack costs on top of the stock `Trainer`: `python benchmarks/trainer.py [--json FILE] [--blocks 11]`.
+"""What the stack costs on top of the stock `Trainer`: `python benchmarks/trainer.py [--json FILE] [--blocks 7]`.
 
 One process, the reference model at two sizes, the same initial weights, the same rows in the same order, fused AdamW,
 clip and schedule. Two systems train at the same time and take turns step by step, a thread each of which one computes,
@@ -12,10 +12,12 @@ stack      `StackTrainer`: rows packed by the stream as they are needed, the com
 objectives the same with retrieval, long-range, load-balance, entropy and regret objectives, whose forwards and
            backwards are work that the other systems do not do
 
-A step lasts until the next begins. The overhead is the ratio of the sums over all steps but the first block of 16, with
-the 95 % interval of a bootstrap over blocks. `wall` is the clock's, `cpu` the thread's and what the threads that write
-snapshots used meanwhile. Then one run is timed part by part, in seconds of its thread; a part is not all overhead:
-the composer takes the place of the model's own loss, norm and clip of the stock's.
+A step lasts until the next begins. The overhead is the ratio of sums over the steps without probe or snapshot, with the
+95 % interval of a bootstrap over blocks of 16 (the first is left out), `wall` of the clock and `cpu` of the thread. What
+the steps of both systems around a snapshot take longer is what a snapshot costs; the same for a probe. They come far
+more often here than in a job, so the sum is told for a snapshot every 10 minutes and a probe every 1,000 steps. Then a
+run is timed part by part, in seconds of its thread; a part is not all overhead: the composer takes the place of the
+model's own loss, norm and clip of the stock's.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ SIZES = {
                       "num_experts": 4, "sliding_window": 32},
 }  # fmt: skip
 BLOCK, TOKENS, CONTEXT = 16, 2048, 256  # steps of a block, each with a snapshot; every second has a probe
+FEW = 3 * BLOCK  # for what needs no narrow interval
 TERMS = ("contrastive", "load_balance", "gate_entropy", "z_loss", "regret", "long_range", "preference", "conformance")
 BARE, STACK, OBJECTIVES = "bare", "stack", "objectives"
 
@@ -161,12 +164,12 @@ class Lab:
         self.parameters, self.rows = built.num_parameters(), Rows(self.stream)
         self.mesh, self.made = mesh.build(self.p[STACK].layout), 0
 
-    def make(self, system: str) -> Trainer:
+    def make(self, system: str, steps: int) -> Trainer:
         set_seed(17)
         self.made += 1
         model = AutoModelForCausalLM.from_pretrained(self.initial, dtype=torch.float32)
         p = self.p[STACK if system == BARE else system]
-        given = training_arguments(p, self.folder / f"checkpoints/job-{self.made}", self.steps)
+        given = training_arguments(p, self.folder / f"checkpoints/job-{self.made}", steps)
         if system == BARE:
             ours = ("eval_strategy", "eval_steps", "save_steps", "logging_steps", "logging_nan_inf_filter")
             given = {name: value for name, value in given.items() if name not in ours}
@@ -182,8 +185,8 @@ class Lab:
         made.remove_callback(PrinterCallback)
         return made
 
-    def pair(self, other: str) -> dict[str, np.ndarray]:
-        """Train `bare` and the other, step by step in turn: of each, [steps, 3] seconds as `Clock` takes them."""
+    def pair(self, other: str, steps: int) -> dict[str, np.ndarray]:
+        """Train `bare` and another, step by step in turn: of each, [steps, 3] seconds as `Clock` takes them."""
         baton = Baton((BARE, other))
         clocks = {system: Clock(system, baton) for system in (BARE, other)}
 
@@ -195,7 +198,7 @@ class Lab:
 
         threads = []
         for system, clock in clocks.items():
-            made = self.make(system)
+            made = self.make(system, steps)
             made.add_callback(clock)  # last: the others' ends are inside
             threads.append(threading.Thread(target=run, args=(system, made)))
         with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
@@ -228,7 +231,7 @@ def parts(lab: Lab) -> dict[str, float]:
         setattr(of, method, call)
         return lambda: setattr(of, method, original)
 
-    made: Any = lab.make(STACK)
+    made: Any = lab.make(STACK, FEW)
     undo = [
         timed("probe of attention", trainer, "model_statistics"),
         timed("snapshot: stock and hand-over", saving.Saver, "begin"),
@@ -254,7 +257,7 @@ def parts(lab: Lab) -> dict[str, float]:
     finally:
         for each in undo:
             each()
-    return {name: seconds / (lab.steps - 1) for name, seconds in spent.items()}
+    return {name: seconds / (FEW - 1) for name, seconds in spent.items()}
 
 
 class Warm(TrainerCallback):
@@ -268,40 +271,41 @@ class Warm(TrainerCallback):
             self.spent.clear()
 
 
-def compare(bare: np.ndarray, ours: np.ndarray) -> dict[str, tuple[float, float, float]]:
-    """Overhead in %, and its interval, of `wall` and `cpu`: steps [steps, 3] of both, in whole blocks."""
-    bare, ours = (t[BLOCK:].reshape(-1, BLOCK, 3).sum(1) for t in (bare, ours))
-    behind = bare[:, 2] + ours[:, 2]  # a snapshot is written while either computes
-    found = {}
-    for kind, pair in {"wall": (ours[:, 0], bare[:, 0]), "cpu": (ours[:, 1] + behind, bare[:, 1])}.items():
+def compare(bare: np.ndarray, ours: np.ndarray) -> list[tuple[str, float, str]]:
+    """Overhead and its interval, the cost of a snapshot and of a probe, from steps [steps, 3] of both, whole blocks.
 
-        def overhead(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-            return 100 * (x.sum(axis) / y.sum(axis) - 1)
+    A snapshot begins in the last step of a block, of every second with a probe, and is written during the next few.
+    """
+    bare, ours = (t[BLOCK:].reshape(-1, BLOCK, 3) for t in (bare, ours))
+    plain, found = slice(3, BLOCK - 1), []
 
+    def overhead(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+        return 100 * (x.sum(axis) / y.sum(axis) - 1)
+
+    for place, kind in enumerate(("wall", "cpu")):
+        pair = tuple(t[:, plain, place].sum(1) for t in (ours, bare))
         low, high = bootstrap(pair, overhead, paired=True, rng=17, method="percentile").confidence_interval
-        found[kind] = float(overhead(*pair)), float(low), float(high)
-    return found
+        values = {"": overhead(*pair), ", low": low, ", high": high}
+        found += [(f"overhead {kind}{which}", float(value), "%") for which, value in values.items()]
+    more = sum(t[..., 0].sum(1) - BLOCK * t[:, plain, 0].mean(1) for t in (bare, ours))
+    snapshot = float(more[1::2].mean())  # the first block that counts ends with a probe
+    probe, step = float(more[::2].mean()) - snapshot, float(bare[:, plain, 0].mean())
+    every = found[0][1] + 100 * (snapshot / 600 + probe / (1000 * step))
+    return [*found, ("a snapshot", snapshot, "s"), ("a probe", probe, "s"), ("overhead with both", every, "%")]
 
 
 def measure(name: str, lab: Lab) -> list[dict[str, Any]]:
     title, rows, step = f"{name}, {lab.parameters / 1e6:.1f}M parameters", [], 0.0
-    for other in (STACK, OBJECTIVES):
-        seconds = lab.pair(other)
-        for system, steps in seconds.items():
-            middle = float(np.median(steps[BLOCK:, 0]))
+    for other, steps in ((STACK, lab.steps), (OBJECTIVES, FEW)):
+        seconds = lab.pair(other, steps)
+        for system, taken in seconds.items():
+            middle = float(np.median(taken[BLOCK:, 0]))
             rows.append(
                 report.row(f"{title}: {system}", f"step beside {other if system == BARE else BARE}", middle, "s")
             )
-        for kind, values in compare(seconds[BARE], seconds[other]).items():
-            for which, value in zip(("", ", low", ", high"), values, strict=True):
-                rows.append(report.row(f"{title}: {other}", f"overhead {kind}{which}", value, "%"))
+        rows += [report.row(f"{title}: {other}", *told) for told in compare(seconds[BARE], seconds[other])]
         step = float(seconds[BARE][BLOCK:, 1].mean())
-        print(
-            *(f"{r['system']}, {r['metric']}: {r['value']} {r['unit']}" for r in rows[-6:]),
-            sep="\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{title}, {other}: measured", file=sys.stderr, flush=True)
     for part, spent in sorted(parts(lab).items(), key=lambda item: -item[1]):
         rows.append(report.row(f"{title}: part", part, 100 * spent / step, "% of a bare step"))
     return rows
@@ -310,7 +314,7 @@ def measure(name: str, lab: Lab) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--blocks", type=int, default=11, help="of 16 steps, after the first")
+    parser.add_argument("--blocks", type=int, default=7, help="of 16 steps, after the first")
     parser.add_argument("--size", choices=SIZES, action="append", help="one size alone")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
