@@ -1,6 +1,7 @@
 """The reference model: exact causality, the contract with transformers."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import Largest
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from stackpkg import params
@@ -88,6 +89,23 @@ def test_models_of_transformers_keep_packed_documents_apart_too(kind: str) -> No
         row = model(input_ids=ids, position_ids=packed([11, 19], ids), use_cache=False).logits
         parts = [model(input_ids=part).logits for part in (ids[:, :11], ids[:, 11:])]
     torch.testing.assert_close(row, torch.cat(parts, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_stock_trainer_keeps_packed_documents_apart(tmp_path: Path) -> None:
+    ids = tokens(4, 48)
+    rows = [{"input_ids": row, "labels": row, "position_ids": packed([20, 28], ids)[0]} for row in ids]
+    apart, together = (
+        float(small()(input_ids=ids, labels=ids, **more).loss.detach())
+        for more in ({"position_ids": packed([20, 28], ids)}, {})
+    )
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(small(), arguments, train_dataset=rows)
+    trainer.train()
+    # it drops what a forward does not name: position_ids must be named
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(apart, rel=1e-6) != together
 
 
 def test_summaries_carry_what_the_window_cannot_see() -> None:

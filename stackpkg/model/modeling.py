@@ -127,11 +127,15 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-        logits_to_keep: int = 0, num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, labels: Tensor | None = None, logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
     ) -> StackOutput:  # fmt: skip
-        """Logits [b, L, vocab], or of the last `logits_to_keep` positions; with `labels` the next-token loss."""
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        """Logits [b, L, vocab], or of the last `logits_to_keep` positions; with `labels` the next-token loss.
+
+        `position_ids` is named because the stock `Trainer` drops from a batch what a forward does not name.
+        """
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:].contiguous())  # DTensor needs it
         loss = None
         if labels is not None:
