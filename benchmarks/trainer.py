@@ -12,12 +12,12 @@ stack      `StackTrainer`: rows packed by the stream as they are needed, the com
 objectives the same with retrieval, long-range, load-balance, entropy and regret objectives, whose forwards and
            backwards are work that the other systems do not do
 
-A step lasts until the next begins. The overhead is the ratio of sums over the steps without probe or snapshot, with the
-95 % interval of a bootstrap over blocks of 16 (the first is left out), `wall` of the clock and `cpu` of the thread. What
-the steps of both systems around a snapshot take longer is what a snapshot costs; the same for a probe. They come far
-more often here than in a job, so the sum is told for a snapshot every 10 minutes and a probe every 1,000 steps. Then a
-run is timed part by part, in seconds of its thread; a part is not all overhead: the composer takes the place of the
-model's own loss, norm and clip of the stock's.
+A step lasts until the next begins. The overhead is the ratio of sums over the steps without probe or snapshot, with
+the 95 % interval of a bootstrap over blocks of 16 (the first is left out), `wall` of the clock and `cpu` of the thread.
+What the steps of both systems around a snapshot take longer is what a snapshot costs; the same for a probe. They come
+far more often here than in a job, so the sum is told for a snapshot every 10 minutes and a probe every 1,000 steps.
+Then a run is timed part by part, in seconds of its thread; a part is not all overhead: the composer takes the place of
+the model's own loss, norm and clip of the stock's.
 """
 
 from __future__ import annotations
