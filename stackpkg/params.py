@@ -55,7 +55,7 @@ class Model(Section):
 
 Term = Literal[
     "language_modelling", "contrastive", "load_balance", "gate_entropy", "z_loss", "regret", "conformance",
-    "long_range", "preference",
+    "long_range", "preference", "reading",
 ]  # fmt: skip
 
 
@@ -71,6 +71,9 @@ class Objectives(Section):
     conformance: float = Field(0.1, ge=0, le=10, description="attention and tokens that scopes forbid")
     long_range: float = Field(0.1, ge=0, le=10, description="extra weight of the answer tokens of long-range tasks")
     preference: float = Field(0.0, ge=0, le=10)
+    reading: float = Field(
+        0.1, ge=0, le=10, description="documents beside retrieved records; of a model that reads them"
+    )
     ramp_steps: dict[Term, Annotated[int, Field(ge=1)]] = Field(
         {"contrastive": 100}, description="optimiser steps in which a term grows to its weight"
     )

@@ -182,6 +182,20 @@ def test_the_guard_rejects_by_what_the_corpus_says_of_each_record(stream: Stream
         assert rejected[name] == looked_at and sum(rejected.values()) == looked_at, name
 
 
+def test_what_the_guard_lets_through_is_read_and_nothing_else(stream: Stream) -> None:
+    config = STACK | {"retrieval": True}
+    model = build(params.Model(config=config), stream.vocab_size, stream.pad_id, 3).eval()
+    read, retriever = guarded(stream, model, **OPEN)
+    shut = guarded(stream, model, **OPEN | {"sigma_min": 1.0})[0]
+    assert read["reading_gain"] != 0 and shut["reading_gain"] == 0
+    assert read["reading_loss"] + read["reading_gain"] == pytest.approx(shut["reading_loss"])
+    retriever.switch.on = False
+    off = retriever.measure(model, torch.device("cpu"))
+    assert off["guard"]["on"] or off["reading_gain"] == 0
+    plain = build(params.Model(config=STACK), stream.vocab_size, stream.pad_id, 3).eval()
+    assert "reading_loss" not in guarded(stream, plain, **OPEN)[0]
+
+
 def test_an_evaluation_calibrates_what_is_switched_off(stream: Stream) -> None:
     model = build(params.Model(config=STACK), stream.vocab_size, stream.pad_id, 3).eval()
     found, retriever = guarded(stream, model, **OPEN, sigma_range=[-1.0, 1.0])

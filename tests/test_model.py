@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import Largest
@@ -155,7 +156,7 @@ def test_checkpointed_layers_give_the_same_gradient() -> None:
         model = small(retrieval=True).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        out = model(input_ids=tokens(2, 40), memory=torch.ones(2, 3, 32), output_router_logits=True)
+        out = model(input_ids=tokens(2, 40), memory_ids=tokens(2, 9), output_router_logits=True)
         assert len(out.router_logits) == 2 and out.router_logits[0].shape == (80, 4)
         (out.logits.square().mean() + sum(r.softmax(-1)[:, 0].sum() for r in out.router_logits)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -198,12 +199,57 @@ def test_gate_temperature_and_top_1() -> None:
     assert cold.model.layers[0].mlp.gate.weight.grad.norm() > 0, "a top-1 gate must learn"
 
 
-def test_memory_is_read_on_odd_layers_only() -> None:
+def test_records_are_read_on_odd_layers_only() -> None:
     model, ids = small(retrieval=True).eval(), tokens(1, 12)
     assert not any("cross" in name for name, _ in small().named_parameters())
     assert {name.split(".")[2] for name, _ in model.named_parameters() if "cross" in name} == {"1"}
-    answers = [model(input_ids=ids, memory=m).logits for m in (None, torch.ones(1, 2, 32), torch.randn(1, 2, 32))]
+    answers = [model(input_ids=ids, memory_ids=m).logits for m in (None, tokens(1, 5), tokens(1, 5, seed=1))]
     assert not torch.equal(answers[0], answers[1]) and not torch.equal(answers[1], answers[2])
+    with pytest.raises(ValueError, match="pad_token_id"):
+        StackForCausalLM(StackConfig(**SMALL, retrieval=True))
+
+
+def test_records_have_no_order_and_their_padding_is_not_read() -> None:
+    model, ids = small(retrieval=True).eval(), tokens(2, 12)
+    one, other = tokens(2, 4, seed=1), tokens(2, 6, seed=2)
+    ended = [F.pad(record, (0, 1)) for record in (one, other)]
+    read = [
+        model(input_ids=ids, memory_ids=memory).logits
+        for memory in (torch.cat(ended, 1), torch.cat(ended[::-1], 1), torch.cat([*ended, torch.zeros_like(ids)], 1))
+    ]
+    for same in read[1:]:
+        torch.testing.assert_close(read[0], same, atol=1e-6, rtol=1e-5)
+    nothing = [model(input_ids=ids, memory_ids=m).logits for m in (None, torch.zeros_like(one), one[:, :0])]
+    for same in nothing[1:]:  # the null slot alone
+        torch.testing.assert_close(nothing[0], same, atol=1e-6, rtol=1e-5)
+
+
+def test_cross_attention_equals_its_definition_in_plain_matrices() -> None:
+    model, records = small(retrieval=True).eval(), tokens(2, 7, seed=1)
+    records[0, 3:] = 0
+    cross, x, memory = model.model.layers[1].cross_attn, torch.randn(2, 5, 32), model.model.embed_tokens(records)
+    found = torch.empty_like(x)
+    for b in range(2):
+        heads = []
+        for h in range(4):
+            q = cross.q_norm(cross.q_proj(x[b]).view(5, 4, 8)[:, h])
+            keys = cross.k_norm(cross.k_proj(memory[b]).view(7, 2, 8)[:, h // 2])
+            values = cross.v_proj(memory[b]).view(7, 2, 8)[:, h // 2]
+            weights = {j: (q @ keys[j - 1] / 8**0.5 if j else q.new_zeros(5)).exp() for j in range(7) if records[b, j]}
+            total = 1 + sum(weights.values())
+            heads.append(sum(w[:, None] * values[j] for j, w in weights.items()) / total[:, None])
+        found[b] = cross.o_proj(torch.cat(heads, 1))
+    torch.testing.assert_close(cross(x, memory, records != 0), found, atol=1e-6, rtol=1e-5)
+
+
+def test_generation_reads_records() -> None:
+    model, ids, records = small(retrieval=True).eval(), tokens(2, 20), tokens(2, 30, seed=1)
+    grown = ids
+    for _ in range(4):
+        grown = torch.cat((grown, model(input_ids=grown, memory_ids=records).logits[:, -1:].argmax(-1)), 1)
+    said = model.generate(ids, memory_ids=records, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    assert torch.equal(said, grown)
+    assert not torch.equal(said, model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1))
 
 
 # ---- statistics
@@ -279,7 +325,7 @@ def test_build_refuses_an_unknown_architecture() -> None:
 
 
 def loss(model: torch.nn.Module, ids: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    out = model(input_ids=ids, labels=ids, memory=memory, output_router_logits=True)
+    out = model(input_ids=ids, labels=ids, memory_ids=memory, output_router_logits=True)
     pair = embed(model, ids[:, :13], 0)  # after the language model's forward: see `embed`
     return out.loss + pair[:, 0].mean() + sum(r.softmax(-1)[:, 0].mean() for r in out.router_logits)
 
@@ -307,7 +353,7 @@ def worker(rank: int, folder: str) -> None:
 
 def test_sharded_gradients_equal_those_of_one_process(tmp_path: object) -> None:
     model = small(retrieval=True, attention_pattern="hybrid", summary_pooling="attention")
-    ids, memory = tokens(4, 40), torch.randn(4, 3, 32)
+    ids, memory = tokens(4, 40), tokens(4, 12, seed=1) * (torch.arange(12) % 6 < 5)
     model.save_pretrained(tmp_path)
     loss(model, ids, memory).backward()
     torch.save(({n: p.grad for n, p in model.named_parameters()}, ids, memory), f"{tmp_path}/reference.pt")

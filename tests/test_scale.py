@@ -18,13 +18,14 @@ from transformers.distributed import DistributedConfig
 from stackpkg import params
 from stackpkg.model import build, scopes
 from stackpkg.model.embedding import embed
-from stackpkg.objectives import Composer, Pairs, StepCounts, conformance, losses, preference, routing
+from stackpkg.objectives import Composer, Pairs, StepCounts, conformance, losses, preference, reading, routing
 
 Parts = dict[str, torch.Tensor]
-SMALL = STACK | {"hidden_size": 32}
+SMALL = STACK | {"hidden_size": 32, "retrieval": True}
 ROWS, LENGTH = 48, 16
 ADDITIVE = (
     "language_modelling", "long_range", "load_balance", "gate_entropy", "z_loss", "regret", "preference", "conformance",
+    "reading",
 )  # fmt: skip
 OFF = params.Objectives(**dict.fromkeys((*ADDITIVE, "contrastive"), 0.0), ramp_steps={}, norms_every=1)
 EACH = {name: OFF.model_copy(update={name: 1.0}) for name in ADDITIVE}
@@ -50,10 +51,13 @@ def batch() -> Parts:
     roles = torch.randint(0, len(scopes.ROLES), (ROWS, LENGTH // 4), generator=g).repeat_interleave(4, 1)
     spans = torch.randint(-1, 2, (ROWS, LENGTH // 4, 4), generator=g).repeat_interleave(4, 1)
     spans[talk == 0] = -1
+    documents = torch.randint(1, 64, (ROWS, 3, 6), generator=g).masked_fill(
+        torch.arange(6) > 1 + key[:, None, None] % 5, 0
+    )
     return {
         "conversation_ids": talk, "conversation_roles": roles, "conversation_spans": spans,
         "ids": ids, "labels": labels, "answers": answers, "pairs": pairs, "key": key % 40, "texts": texts,
-        "start": start, "prefers": prefers,
+        "start": start, "prefers": prefers, "positive_ids": documents[:, 0], "negative_ids": documents[:, 1:],
     }  # fmt: skip
 
 
@@ -62,7 +66,8 @@ def counts(ranks: int) -> StepCounts:
     labelled = whole["labels"][:, 1:] != -100
     answers, pairs = int((whole["answers"][:, 1:] & labelled).sum()), int((whole["prefers"] >= 0).sum())
     talks, inside = whole["conversation_ids"] != 0, whole["conversation_spans"][:, 1:, scopes.PROTECTED] >= 0
-    return StepCounts(int(labelled.sum()), answers, ROWS, ranks, pairs, int(talks.sum()), int(inside.sum()))
+    read = int((whole["positive_ids"][:, 1:] != 0).sum())
+    return StepCounts(int(labelled.sum()), answers, ROWS, ranks, pairs, int(talks.sum()), int(inside.sum()), read)
 
 
 def composer(weights: params.Objectives) -> Composer:
@@ -97,7 +102,8 @@ def forward(model: PreTrainedModel, part: Parts, contrastive: bool = False) -> d
     both = preference.answers(model(input_ids=texts, use_cache=False).logits, texts, start, 0)
     sides = [preference.Answers(both.log_probs[i::2], both.tokens[i::2]) for i in (0, 1)]
     pairs = preference.Preferences(*sides, part["prefers"])
-    return given | {"pairs": None, "preferences": pairs, "conversations": said}
+    read = reading.said(model(**reading.asked(part, 0)).logits, part, 0)
+    return given | {"pairs": None, "preferences": pairs, "conversations": said, "read": read}
 
 
 def cut(part: Parts, sizes: list[int]) -> list[Parts]:
@@ -204,7 +210,8 @@ def sharded(rank: int, folder: str) -> dict[str, dict[str, float]]:
                 for term, value in step.squares.items():
                     squares[term] = squares.get(term, 0.0) + value
             assert bool(squares) == bool(every)
-            grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+            grads = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
             bits.append(torch.cat([g.flatten() for g in grads]))
             key = "all" if name == "additive" else name
             found = {f"gradient {key}": bits[-1].double()}

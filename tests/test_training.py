@@ -66,7 +66,7 @@ def profile(processes: int, accumulation: int = 1, **model: Any) -> Params:
             "conversations": 32,
             "conversation_tokens": 192,
         },
-        "model": model or {"config": STACK | {"hidden_size": 32}},
+        "model": model or {"config": STACK | {"hidden_size": 32, "retrieval": True}},
         "optimization": {"learning_rate": 3e-3, "warmup_steps": 1, "floor": 3e-4, "ema_decay": 0.9},
         "training": {"batch_tokens": TOKENS, "accumulation": accumulation, "epoch_steps": 3},
         "snapshots": {"every_steps": 2},
@@ -206,11 +206,12 @@ def test_two_processes_compute_what_one_does(lab: RunFolder, alone, spread, sing
     left, right = compared(history(lab, single)), compared(history(lab, double))
     assert left.index.tolist() == list(range(1, STEPS + 1)) and left.loss.notna().all()
     assert {"loss_language_modelling", "loss_contrastive", "loss_long_range", "loss_load_balance"} <= set(left)
+    assert (left.loss_reading.dropna() > 0).tolist() == [True] * 4, "pairs ride in the first stage alone"
     pd.testing.assert_frame_equal(left, right, rtol=1e-5, atol=1e-7, check_exact=False)
     assert (alone[single]["ranks"], spread[double]["ranks"]) == (1, 2)
     assert spread[double]["sharded_share"] > 0.9 and alone[single]["sharded_share"] == 0.0
     reports = [read_json(lab.path / f"eval/{name}/epoch_002.json") for name in (single, double)]
-    for key in ("validation_loss", "ema_validation_loss", "precision_at_k", "mrr", "long_range_accuracy"):
+    for key in ("validation_loss", "ema_validation_loss", "precision_at_k", "mrr", "long_range_accuracy", "reading_loss"):
         assert reports[0][key] == pytest.approx(reports[1][key], rel=1e-4), key
     assert reports[0]["step"] == STEPS and list(reports[0]["validation_loss_by_domain"]) == ["code", "documentation"]
 
@@ -320,6 +321,8 @@ def test_retrieval_is_switched_off_by_its_alert_and_stays_off_in_the_checkpoint_
     assert not any("calibration" in report["guard"] for report in reports[:3])
     alerts = [json.loads(line) for line in (lab.path / "telemetry/deaf.alerts.jsonl").read_text().splitlines()]
     assert [a["step"] for a in alerts if a["action"] == "retrieval_off"] == [3]
+    assert history(lab, "deaf").loss_reading.notna().tolist() == [True] * 3 + [False] * 2, "nothing is read any more"
+    assert [report["reading_gain"] != 0 for report in reports] == [True] * 3 + [False] * 2
     home = lab.path / "checkpoints/deaf"
     kept = [read_json(home / f"checkpoint-{step}/retriever.json")["on"] for step in (2, 4)]
     assert kept == [True, False] and not read_json(home / "final/retriever.json")["on"]

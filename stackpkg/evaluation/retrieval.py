@@ -16,6 +16,7 @@ from stackpkg.data.stream import Batch, Stream
 from stackpkg.evaluation.ranking import ranking
 from stackpkg.model.embedding import embed
 from stackpkg.model.retrieval import Found, Index, Record, Switch
+from stackpkg.objectives import reading
 from stackpkg.params import Params
 
 BINS = np.linspace(-1, 1, 41)  # edges of the similarity histogram
@@ -48,12 +49,10 @@ class Retriever:
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
         """Ranking of all held-out documents for each held-out query, and `guard`: of the `fan_in` nearest, how many it
         accepts, how many are relevant among these, what each filter rejects, and the histogram of similarities over
-        `BINS`. Every rank must call it. While the switch is off, a calibration is tried first.
+        `BINS`. Of a model that reads records also what reading brings (`read`). Every rank must call it. While the
+        switch is off, a calibration is tried first.
         """
-        if dist.is_initialized():  # rank 0 alone hears the alert
-            state = [self.switch.state_dict()]
-            dist.broadcast_object_list(state)
-            self.switch.load_state_dict(state[0])
+        self.agree()
         pairs, limits, k = self.stream.validation_pairs(self.p.evaluation.pairs), self.p.retrieval, self.p.evaluation.k
         query, document = (
             embed(model, torch.as_tensor(pairs[name], device=device), self.stream.pad_id).float().cpu()
@@ -77,7 +76,33 @@ class Retriever:
         return {
             "k": k, "precision_at_k": found.pop(f"precision_at_{k}"), "recall_at_k": found.pop(f"recall_at_{k}"),
             **found, "pairs": len(query), "guard": self.switch.state_dict() | told | tried,
+            **(self.read(model, device, pairs, accepted) if reading.reads(model) else {}),
         }  # fmt: skip
+
+    def agree(self) -> None:
+        """All ranks take the switch of rank 0, which alone hears the alerts. A collective."""
+        if dist.is_initialized():
+            state = [self.switch.state_dict()]
+            dist.broadcast_object_list(state)
+            self.switch.load_state_dict(state[0])
+
+    def read(self, model: nn.Module, device: torch.device, pairs: Batch, accepted: list[Found]) -> dict[str, float]:
+        """`reading_loss`: next-token loss of each query's document, nats a token, beside the records `accepted` for the
+        query, none while the switch is off; `reading_gain`: how far that lies below the loss without any.
+        """
+        ids, pad_id, limit = torch.as_tensor(pairs["positive_ids"]), self.stream.pad_id, self.p.retrieval.fan_in
+        place = {str(key): i for i, key in enumerate(pairs["pair_key"].tolist())}
+        records = ids.new_full((len(ids), limit, ids.shape[1]), pad_id)
+        for found, row in zip(accepted if self.switch.on else [], records, strict=False):
+            for k, (record, _) in enumerate(found):
+                row[k] = ids[place[record.name]]
+        batch, losses = {"positive_ids": ids.to(device)}, []
+        for beside in (records, records[:, :0]):
+            logits = model(**reading.request(batch["positive_ids"], beside.to(device), pad_id)).logits
+            losses.append(reading.reading(reading.said(logits, batch, pad_id)))
+        tokens = max(1, int((ids[:, 1:] != pad_id).sum()))
+        with_records, alone = (float(loss) / tokens for loss in losses)
+        return {"reading_loss": with_records, "reading_gain": alone - with_records}
 
     def _calibrate(self, near: list[Found], keys: np.ndarray) -> dict[str, Any]:
         cosines = torch.tensor([[cosine for _, cosine in row] for row in near])

@@ -1,4 +1,4 @@
-"""Attention in three tiers: causal window, summaries of finished blocks, retrieved memory. No L x L tensor is made."""
+"""Attention in three tiers: causal window, summaries of finished blocks, retrieved records. No L x L tensor is made."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Projections(nn.Module):
     def project(self, x: Tensor, memory: Tensor) -> list[Tensor]:
         """Queries of x [b, L, hidden], raw keys and values of memory [b, n, hidden], each [b, ., heads, head_dim]."""
         flat = self.q_proj(x), self.k_proj(memory), self.v_proj(memory)
-        return [t.view(*t.shape[:-1], -1, self.config.head_dim) for t in flat]
+        return [t.unflatten(-1, (t.shape[-1] // self.config.head_dim, -1)) for t in flat]
 
 
 class SelfAttention(Projections):
@@ -143,11 +143,18 @@ class SelfAttention(Projections):
 
 
 class CrossAttention(Projections):
-    """Tier C: every token attends to all retrieved records; no positions, no mask."""
+    """Tier C: every token attends to the tokens of the records retrieved for its row, and to a null slot (zero key,
+    zero value), which is all there is where the guard let none pass. The key of a record's token is made of the token
+    before it: a context and what followed it, as in kNN-LM (Khandelwal et al., arXiv 1911.00172, sec. 2), so that one
+    layer can go on where a record goes on.
+    """
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """x [b, L, hidden] and memory [b, n, hidden] -> [b, L, hidden]."""
+    def forward(self, x: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
+        """x [b, L, hidden], memory [b, n, hidden] and bool `seen` [b, n], false for padding -> [b, L, hidden]."""
         q, k, v = self.project(x, memory)
+        k, v = F.pad(k[:, :-1], (0, 0, 0, 0, 1, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))  # a token back; the null slot
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        mask = F.pad(seen, (0, 1), value=True)[:, None, None]
+        # softmax_j(q_i . k(m_(j-1)) / sqrt d) v(m_j), and exp 0 for the null slot
+        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2).contiguous())

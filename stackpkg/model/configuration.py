@@ -55,7 +55,7 @@ class StackConfig(PreTrainedConfig):
     feature_map: Literal["elu", "favor"] = "elu"
     rope_theta: float = 1e6
     rope_alpha: float = 0.75  # trained length / served length; below 1 extends the context
-    retrieval: bool = False  # cross-attention over `memory` on odd layers
+    retrieval: bool = False  # cross-attention over the tokens of retrieved records, `memory_ids`, on odd layers
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = False

@@ -32,7 +32,7 @@ class StackOutput(MoeCausalLMOutputWithPast):
 
 
 class StackLayer(GradientCheckpointingLayer):
-    """x + attention(norm x), + cross-attention to `memory` on odd layers, + experts(norm x)."""
+    """x + attention(norm x), + cross-attention to retrieved records on odd layers, + experts(norm x)."""
 
     def __init__(self, config: StackConfig, index: int) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class StackLayer(GradientCheckpointingLayer):
         if self.reads_memory:
             self.cross_norm, self.cross_attn = nn.RMSNorm(*norm), CrossAttention(config)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, **shared: Any) -> Tensor:
+    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None, **shared: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), **shared)[0]
         if self.reads_memory and memory is not None:
-            x = x + self.cross_attn(self.cross_norm(x), memory)
+            x = x + self.cross_attn(self.cross_norm(x), *memory)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -79,20 +79,28 @@ class StackPreTrainedModel(PreTrainedModel):
 class StackModel(StackPreTrainedModel):
     def __init__(self, config: StackConfig) -> None:
         super().__init__(config)
+        if config.retrieval and config.pad_token_id is None:
+            raise ValueError("retrieval needs pad_token_id, which keeps the records in memory_ids apart; give it")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([StackLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.retrieval:
+            self.memory_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, memory: Tensor | None = None,
-        scopes: Scopes | None = None, output_attention_statistics: bool = False, **_: Any,
+        position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, memory_ids: Tensor | None = None,
+        memory_embeds: Tensor | None = None, scopes: Scopes | None = None,
+        output_attention_statistics: bool = False, **_: Any,
     ) -> MoeModelOutputWithPast:  # fmt: skip
-        """`input_ids` [b, L] or `inputs_embeds` [b, L, hidden]; `memory` [b, n, hidden]. No cache: every call computes
-        all positions. `attention_mask` [b, L] is only checked: what is padded on the right is never seen by the rest.
+        """`input_ids` [b, L] or `inputs_embeds` [b, L, hidden]. No cache: every call computes all positions.
+        `memory_ids` [b, n]: tokens of the records that retrieval found for each row and its guard let pass, one after
+        another with `pad_token_id` between them and after the last; read where the configuration says `retrieval`.
+        `memory_embeds` [b, n, hidden]: their embeddings, normalised, from a pipeline stage before.
+        `attention_mask` [b, L] is only checked: what is padded on the right is never seen by the rest.
         `position_ids` [b, L] that restart at 0 separate packed documents: none sees another, as in transformers.
         `scopes` are enforced, or only measured, as they say; `output_forbidden_mass=True` returns what was measured.
         """
@@ -106,6 +114,11 @@ class StackModel(StackPreTrainedModel):
         if x.shape[1] <= self.config.linear_from:
             patterns = {self.config.pattern(index) for index in range(len(self.layers))}
             layouts = {name: layout(self.config, name, position_ids, x.dtype, scopes) for name in patterns}
+        memory = None
+        if memory_ids is not None and self.config.retrieval:
+            if memory_embeds is None:
+                memory_embeds = self.memory_norm(self.embed_tokens(memory_ids))
+            memory = memory_embeds, memory_ids != self.config.pad_token_id
         shared = {"rotation": rotary(self.config, position_ids, x.dtype), "document": documents(position_ids)}
         for layer in self.layers:
             x = layer(x, memory, layouts=layouts, scopes=scopes, measure=output_attention_statistics, **shared)
@@ -129,13 +142,15 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, labels: Tensor | None = None, logits_to_keep: int = 0,
-        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+        num_items_in_batch: Tensor | int | None = None, memory_ids: Tensor | None = None, **kwargs: Any,
     ) -> StackOutput:  # fmt: skip
         """Logits [b, L, vocab], or of the last `logits_to_keep` positions; with `labels` the next-token loss.
 
-        `position_ids` is named because the stock `Trainer` drops from a batch what a forward does not name.
+        `position_ids` and `memory_ids` are named because the stock `Trainer` drops from a batch what a forward does not
+        name.
         """
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        out = self.model(**given, memory_ids=memory_ids, **kwargs)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:].contiguous())  # DTensor needs it
         loss = None
         if labels is not None:

@@ -16,6 +16,7 @@ from stackpkg import params
 from stackpkg.objectives import bandit, losses, routing
 from stackpkg.objectives.conformance import Conversations, conformance
 from stackpkg.objectives.preference import Preferences, preference
+from stackpkg.objectives.reading import Reading, reading
 from stackpkg.objectives.routing import Routed
 
 
@@ -30,6 +31,7 @@ class StepCounts:
     preferences: int = 0  # pairs whose key is not negative
     turns: int = 0  # tokens of conversations, without padding
     protected: int = 0  # of which in a protected scope, after the shift
+    read: int = 0  # tokens of documents beside retrieved records, after the shift
 
 
 class Pairs(NamedTuple):
@@ -104,7 +106,7 @@ class Composer:
     def losses(
         self, logits: Tensor, labels: Tensor, answer_mask: Tensor, routed: Sequence[Routed], pairs: Pairs | None,
         counts: StepCounts, *, preferences: Preferences | None = None, conversations: Conversations | None = None,
-        group: dist.ProcessGroup | None = None,
+        read: Reading | None = None, group: dist.ProcessGroup | None = None,
     ) -> Step:  # fmt: skip
         """One micro-batch's loss and its terms; call it once a micro-batch (it counts choices and rewards).
 
@@ -136,6 +138,9 @@ class Composer:
             )
             value = conformance(said, counts.turns, counts.protected)
             terms["conformance"] = Term(value, at=(said.logits, *said.mass))
+        if w.reading and read is not None:
+            told = read._replace(logits=tap(read.logits))
+            terms["reading"] = Term(reading(told), counts.read, (told.logits,))
         if routed and routed[0].logits.shape[-1] > 1:
             following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
             terms |= self._router(routed, tokens.flatten(), following, len(labels) / counts.rows)

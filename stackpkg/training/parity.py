@@ -43,7 +43,9 @@ STEPS = 3
 _COMMON = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 _MOE = _COMMON | {"num_experts": 4, "num_experts_per_tok": 2}
 MODELS: dict[str, dict[str, Any]] = {
-    "stackpkg": _MOE | {"head_dim": 8, "moe_intermediate_size": 24, "sliding_window": 8, "block_size": 8},
+    "stackpkg": _MOE | {
+        "head_dim": 8, "moe_intermediate_size": 24, "sliding_window": 8, "block_size": 8, "retrieval": True,
+    },
     "llama": _COMMON | {"intermediate_size": 48},
     "qwen3": _COMMON | {"intermediate_size": 48, "head_dim": 8},
     "mixtral": _COMMON | {"head_dim": 8, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -70,6 +70,9 @@ class Pipeline:
         routers, whole = routing.routers(model), {*model.state_dict()}
         stages.cut(model, self.mine, self.ranges)
         self.elsewhere = whole - {*model.state_dict()}
+        self.memory: Tensor | None = None  # embeddings of the records that the first stage read last
+        if 0 in self.mine and stages.reads(model):
+            cast(Any, model.base_model).memory_norm.register_forward_hook(self._remember)
         self.identity = identity = PipelineIdentityLayer()
         numbered = list(enumerate(layers(model)))
         self.views = {
@@ -82,6 +85,9 @@ class Pipeline:
         self.schedules: dict[tuple, Any] = {}
         self.batches: list[Mapping[str, Tensor]] = []
         self.asked: list[dict[str, dict[str, Any]]] = []
+
+    def _remember(self, module: nn.Module, given: Any, memory: Tensor) -> None:
+        self.memory = memory
 
     def place(self, stage: int) -> int:
         """The rank of the pipeline that holds a stage: round and round."""
@@ -107,15 +113,21 @@ class Pipeline:
         return next(self.model.parameters()).device
 
     # ---- one stage
-    def forward(self, *, stage: int | None = None, hidden: Tensor | None = None, **request: Any) -> Any:
-        """What the model says to a request; with `stage`, only that one's part, from the `hidden` states before it."""
-        return self._relay(request) if stage is None else self._run(stage, hidden, request)
+    def forward(
+        self, *, stage: int | None = None, hidden: Tensor | None = None, memory: Tensor | None = None, **request: Any
+    ) -> Any:
+        """What the model says to a request; with `stage`, only that one's part, from the `hidden` states before it and
+        the embedded records.
+        """
+        return self._relay(request) if stage is None else self._run(stage, hidden, memory, request)
 
-    def _run(self, stage: int, hidden: Tensor | None, request: Mapping[str, Any]) -> Any:
+    def _run(self, stage: int, hidden: Tensor | None, memory: Tensor | None, request: Mapping[str, Any]) -> Any:
         base, given = cast(Any, self.model.base_model), dict(request)
         if stage:
             given["inputs_embeds"] = hidden
             del given["input_ids"]
+        if memory is not None:
+            given["memory_embeds"] = memory
         kept, norm = base.layers, base.norm
         base.layers = self.views[stage]
         try:
@@ -160,7 +172,8 @@ class Pipeline:
         sent: dict[tuple[str, str], Tensor] = {}
         for name, request in asked.items():
             with routing.watch(self.model) as routed:
-                out = answers[name] = self.model(stage=stage, hidden=got.get((name, "hidden")), **request)
+                came = {what: got.get((name, what)) for what in ("hidden", "memory")}
+                out = answers[name] = self.model(stage=stage, **came, **request)
             said = {"mass": [layer.float() for layer in out.get("forbidden_mass") or ()]}
             if name == "text":
                 said |= {"logits": [r.logits.float() for r in routed], "chosen": [r.chosen for r in routed]}
@@ -171,6 +184,9 @@ class Pipeline:
                     sent[name, what] = torch.cat(parts)
             if stage < self.last:
                 sent[name, "hidden"] = out.last_hidden_state.to(self.wire).contiguous()
+                if "memory_ids" in request:
+                    memory = cast(Tensor, came["memory"] if stage else self.memory).clone()
+                    sent[name, "memory"] = memory.to(self.wire).contiguous()
             elif (name, "mass") in sent:
                 out.forbidden_mass = tuple(sent[name, "mass"].unbind())
         if stage < self.last:
@@ -186,6 +202,8 @@ class Pipeline:
             found.append((name, "hidden"))
             if name == "text" and self.routed[after]:
                 found += [(name, "logits"), (name, "chosen")]
+            if "memory_ids" in request:
+                found.append((name, "memory"))
             if "output_forbidden_mass" in request:
                 found.append((name, "mass"))
         return found
@@ -200,13 +218,14 @@ class Pipeline:
                 batch, length = asked[name]["input_ids"].shape
                 shape: dict[str, tuple[int, ...]] = {
                     "hidden": (batch, length, self.config.hidden_size),
+                    "memory": (*asked[name].get("memory_ids", torch.empty(0, 0)).shape, self.config.hidden_size),
                     "mass": (self.ranges[after].stop, batch, length, self.config.num_attention_heads),
                 }
                 if self.routers:
                     experts, chosen = self.choice
                     shape |= {"logits": (self.routed[after], batch * length, experts)}
                     shape |= {"chosen": (self.routed[after], batch * length, chosen)}
-                kind = {"hidden": self.wire, "chosen": torch.int64}.get(what, torch.float32)
+                kind = {"hidden": self.wire, "memory": self.wire, "chosen": torch.int64}.get(what, torch.float32)
                 tensor = torch.empty(shape[what], dtype=kind, device="meta")
                 found.append(tensor.requires_grad_(what != "chosen"))
             return tuple(found)
@@ -241,21 +260,27 @@ class Pipeline:
         """One stage after the other, then what each has to say, to all. Raises `ValueError` with gradients on."""
         if torch.is_grad_enabled():
             raise ValueError("a model in pipeline stages is trained by its schedule; call it under torch.no_grad()")
-        mine, hidden = dict[int, dict[str, Any]](), None
+        mine, travels = dict[int, dict[str, Any]](), ["input_ids", *["memory_ids"] * ("memory_ids" in request)]
+        carried: list[Tensor] = []  # hidden states, and embedded records where the model reads any
         for stage in self.mine:
             if stage and self.place(stage - 1) != self.rank:
-                shape = (*request["input_ids"].shape, self.config.hidden_size)
-                hidden = torch.empty(shape, device=self.device)
-                dist.recv(hidden, group=self.group, group_src=self.place(stage - 1))
+                shapes = [(*request[name].shape, self.config.hidden_size) for name in travels]
+                carried = [torch.empty(shape, device=self.device) for shape in shapes]
+                for tensor in carried:
+                    dist.recv(tensor, group=self.group, group_src=self.place(stage - 1))
+            hidden, memory = (*carried, None, None)[:2]
             with routing.watch(self.model) as routed:
-                out = self._run(stage, hidden, request)
+                out = self._run(stage, hidden, memory, request)
             mine[stage] = {"routed": routed} | {name: out.get(name) or () for name in RECORDED}
             if stage == self.last:
                 mine[stage] |= {"logits": out.logits, "hidden": (out.hidden_states or (None,))[-1]}
                 break
-            hidden = out.last_hidden_state.float().contiguous()  # exact, whatever the type it was computed in
+            memory = memory if stage else self.memory
+            passed = [out.last_hidden_state, memory][: len(travels)]  # exact, whatever the type it was computed in
+            carried = [cast(Tensor, tensor).float().contiguous() for tensor in passed]
             if self.place(stage + 1) != self.rank:
-                dist.send(hidden, group=self.group, group_dst=self.place(stage + 1))
+                for tensor in carried:
+                    dist.send(tensor, group=self.group, group_dst=self.place(stage + 1))
         told: list[Any] = [None] * self.layout.pp
         dist.all_gather_object(told, tree_map_only(Tensor, lambda t: t.cpu(), mine), group=self.group)
         every = dict(item for found in told for item in found.items())

@@ -1,4 +1,5 @@
-"""What rides in a batch beside its text: conversations, preferences and retrieval pairs, each one forward for all.
+"""What rides in a batch beside its text: conversations, preferences, retrieval pairs, and documents beside the records
+that retrieval finds for them; each one forward for all.
 
 Every rank calls the model equally often, as FSDP needs: whether a step carries a set is decided for the whole step.
 """
@@ -18,9 +19,10 @@ from transformers import PreTrainedModel
 from stackpkg.data.stream import Stream
 from stackpkg.model import StackForCausalLM, embedding, scopes
 from stackpkg.model.scopes import PROTECTED
-from stackpkg.objectives import Pairs, conformance, preference
+from stackpkg.objectives import Pairs, conformance, preference, reading
 from stackpkg.objectives.conformance import Conversations
 from stackpkg.objectives.preference import Answers, Preferences
+from stackpkg.objectives.reading import Reading
 from stackpkg.params import Objectives
 from stackpkg.training import reference
 
@@ -31,8 +33,8 @@ def carried(inputs: Mapping[str, Tensor], key: str) -> bool:
 
 
 def units(batches: Sequence[Mapping[str, Tensor]], pad_id: int, device: torch.device) -> Tensor:
-    """int64[6] of the micro-batches of this rank: label tokens, answers among them, rows, preferences, tokens of
-    conversations, protected ones among them.
+    """int64[7] of the micro-batches of this rank: label tokens, answers among them, rows, preferences, tokens of
+    conversations, protected ones among them, tokens of the pairs' documents but the first of each.
     """
     parts: list[list[Any]] = []
     for batch in batches:
@@ -42,6 +44,7 @@ def units(batches: Sequence[Mapping[str, Tensor]], pad_id: int, device: torch.de
         talks = carried(batch, "conversation_key")
         parts[-1].append((batch["conversation_ids"] != pad_id).sum() if talks else 0)
         parts[-1].append((batch["conversation_spans"][:, 1:, PROTECTED] >= 0).sum() if talks else 0)
+        parts[-1].append((batch["positive_ids"][:, 1:] != pad_id).sum() if carried(batch, "pair_key") else 0)
     return torch.stack([torch.stack([torch.as_tensor(n, device=device) for n in part]) for part in parts]).sum(0)
 
 
@@ -53,6 +56,7 @@ class Riders:
         device: torch.device,
     ) -> None:  # fmt: skip
         self.weights, self.pad_id, self.rules, self.reference = weights, stream.pad_id, None, None
+        self.reads, self.open = reading.reads(network), True  # `open`: retrieval is switched on
         if weights.preference and weights.preference_loss == "dpo" and "preferences" in stream.labelled:
             pairs = stream.labelled["preferences"]
             self.reference = reference.log_probs(network, pairs, self.pad_id, home, data, device)
@@ -71,6 +75,8 @@ class Riders:
             found["conversations"] = conformance.request(inputs, self.rules, self.pad_id)
         if weights.preference and carried(inputs, "preference_key"):
             found["preferences"] = preference.stacked(inputs, self.pad_id)
+        if weights.reading and self.reads and self.open and carried(inputs, "pair_key"):
+            found["reading"] = reading.asked(inputs, self.pad_id)
         # last: under FSDP2 (torch 2.13) the backward crashes when a forward follows one without use of its logits
         if weights.contrastive and carried(inputs, "pair_key"):
             found["pairs"] = embedding.request(stacked(inputs, self.pad_id), self.pad_id)
@@ -78,13 +84,15 @@ class Riders:
 
     def read(
         self, answers: Mapping[str, Any], inputs: Mapping[str, Tensor]
-    ) -> tuple[Conversations | None, Preferences | None, Pairs | None]:
-        """Conversations, preferences and pairs, each None where `answers` lacks it."""
-        talk, preferred, pair = (answers.get(name) for name in ("conversations", "preferences", "pairs"))
+    ) -> tuple[Conversations | None, Preferences | None, Pairs | None, Reading | None]:
+        """Conversations, preferences, pairs and reading, each None where `answers` lacks it."""
+        names = "conversations", "preferences", "pairs", "reading"
+        talk, preferred, pair, read = (answers.get(name) for name in names)
         return (
             None if talk is None else conformance.said(talk, inputs, self.forbidden, self.pad_id),
             None if preferred is None else preferences(preferred.logits, inputs, self.pad_id, self.reference),
             None if pair is None else pairs(pair, inputs, self.pad_id),
+            None if read is None else reading.said(read.logits, inputs, self.pad_id),
         )
 
 

@@ -48,6 +48,8 @@ def cut(model: PreTrainedModel, mine: list[int], every: list[range]) -> None:
             base.layers[layer] = PipelineIdentityLayer()
     if 0 not in mine:
         base.embed_tokens = PipelineIdentityLayer()
+        if reads(model):
+            base.memory_norm = PipelineIdentityLayer()
     if len(every) - 1 not in mine:
         base.norm = PipelineIdentityLayer()
         model.set_output_embeddings(PipelineIdentityLayer())
@@ -97,9 +99,14 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     return cast(nn.ModuleList, model.base_model.layers)
 
 
+def reads(model: PreTrainedModel) -> bool:
+    """Whether records are embedded in the first stage and travel to the others."""
+    return bool(getattr(model.config, "retrieval", False))
+
+
 def modules(model: PreTrainedModel, held: range, first: bool, last: bool) -> list[nn.Module]:
     """Everything with weights that a stage of the layers `held` runs."""
     base: Any = model.base_model
-    before = [base.embed_tokens] if first else []
+    before = [base.embed_tokens, *[base.memory_norm] * reads(model)] if first else []
     after = [base.norm, model.get_output_embeddings()] if last else []
     return [*before, *(base.layers[layer] for layer in held), *after]

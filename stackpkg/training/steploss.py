@@ -57,11 +57,12 @@ class StepLoss:
         self, answers: Mapping[str, Any], routed: Sequence[Routed], inputs: Mapping[str, Tensor], counts: StepCounts
     ) -> Tensor:
         """The loss from what the model said to each request."""
-        talks, preferences, pairs = self.riders.read(answers, inputs)
+        talks, preferences, pairs, read = self.riders.read(answers, inputs)
         batch = answers["text"].logits, inputs["labels"], inputs["answer_mask"]
         total, *kinds = self.composer.losses(
-            *batch, routed, pairs, counts, preferences=preferences, conversations=talks, group=self.mesh.data
-        )
+            *batch, routed, pairs, counts, preferences=preferences, conversations=talks, read=read,
+            group=self.mesh.data,
+        )  # fmt: skip
         told = zip(("loss", "weighted", "square"), kinds, strict=True)
         self.raw.append({f"{kind}_{name}": value for kind, values in told for name, value in values.items()})
         choice = [layer.logits for layer in routed if layer.logits.shape[-1] > 1]

@@ -107,6 +107,7 @@ class StackTrainer(Resumable):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Units of the whole optimiser step over all ranks: every term is divided by these."""
+        self.loss.riders.open = self.retriever.switch.on
         counts = riders.units(batch_samples, self.stream.pad_id, device)
         dist.all_reduce(counts, group=self.mesh.data)
         tokens, answers, rows, *carried = counts.tolist()
@@ -222,6 +223,8 @@ class StackTrainer(Resumable):
             fired = "".join(f" ! {alert['alert']}" for alert in alerts)
             shown = "loss {loss:8.4f}  norm {grad_norm:7.3f}  rate {learning_rate:.2e}  {tokens_per_second:6.0f} tok/s"
             print(f"[{self.name}] step {step:>4}/{self.args.max_steps}  {shown.format(**row)}{note}{fired}", flush=True)
+        if "validation_loss" in row:  # its alert may have switched retrieval off
+            self.retriever.agree()
 
     # ---- evaluation, each epoch
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -234,7 +237,14 @@ class StackTrainer(Resumable):
         if "calibration" in report["guard"]:  # tried: should it be on again, the alert must tell of the next fall
             self.guard.forget("TrainLowPrecisionAtK")
         self._decide(self.batches.next_step, report)
-        told = ("precision_at_k", "validation_loss", "violations", "forbidden_attention")
+        told = (
+            "precision_at_k",
+            "validation_loss",
+            "violations",
+            "forbidden_attention",
+            "reading_loss",
+            "reading_gain",
+        )
         self._row |= {name: report[name] for name in told if name in report}
         self._row |= {f"rejected_{name}": count for name, count in report["guard"]["rejected"].items()}
         metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}
