@@ -107,6 +107,7 @@ def reads(model: PreTrainedModel) -> bool:
 def modules(model: PreTrainedModel, held: range, first: bool, last: bool) -> list[nn.Module]:
     """Everything with weights that a stage of the layers `held` runs."""
     base: Any = model.base_model
-    before = [base.embed_tokens, *[base.memory_norm] * reads(model)] if first else []
+    embedded = [base.embed_tokens, base.memory_norm] if reads(model) else [base.embed_tokens]
+    before = embedded if first else []
     after = [base.norm, model.get_output_embeddings()] if last else []
     return [*before, *(base.layers[layer] for layer in held), *after]
