@@ -84,6 +84,9 @@ class Objectives(Section):
                              "arXiv 2408.15664 has 0.001. Only for routers that have one")  # fmt: skip
     reward_horizon: int = Field(1024, ge=1, description="optimiser steps the experts' reward estimates look back")
     tau: float = Field(0.05, gt=0, le=1, description="temperature of InfoNCE")
+    mined_negatives: int = Field(
+        4, ge=0, le=64, description="documents of recent steps that a query likes most, as further negatives; 0: none"
+    )
     false_negative_margin: float | None = Field(
         None, ge=-2, le=2, description="negatives of cosine above the positive's less this do not count; None: all do"
     )

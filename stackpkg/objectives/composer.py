@@ -1,4 +1,4 @@
-"""Weights, schedules and scales the objectives; keeps the routers' running usage and rewards."""
+"""Weights, schedules and scales the objectives; keeps the routers' running usage and rewards, and recent documents."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stackpkg import params
 from stackpkg.objectives import bandit, losses, routing
 from stackpkg.objectives.conformance import Conversations, conformance
+from stackpkg.objectives.mining import Recent
 from stackpkg.objectives.preference import Preferences, preference
 from stackpkg.objectives.reading import Reading, reading
 from stackpkg.objectives.routing import Routed
@@ -95,7 +96,7 @@ class Composer:
         self.weights, self.routers = weights, routers
         self.steps = 0  # optimiser steps applied so far
         self.usage: Tensor | None = None  # [layers, experts]
-        self.bandit = bandit.Bandit(weights.reward_horizon)
+        self.bandit, self.recent = bandit.Bandit(weights.reward_horizon), Recent()
         self._chosen: Tensor | None = None  # choices per expert since the last `after_step`, this rank
 
     def weight(self, name: str) -> float:
@@ -124,6 +125,9 @@ class Composer:
             terms["long_range"] = Term(losses.long_range(tokens, answer_mask), counts.answers, (logits,))
         if w.contrastive and pairs is not None:
             query, positive, negatives = at = tap(pairs.query), tap(pairs.positive), tap(pairs.negatives)
+            if w.mined_negatives:
+                negatives = torch.cat((negatives, self.recent.hardest(query, pairs.key, w.mined_negatives)), 1)
+                self.recent.observe(positive, pairs.key)
             margin = w.false_negative_margin
             value = losses.info_nce(query, positive, negatives, pairs.key, w.tau, group, margin)
             terms["contrastive"] = Term(value, counts.rows, at)
@@ -204,9 +208,11 @@ class Composer:
         if not applied:
             self._chosen = None
             self.bandit.drop()
+            self.recent.drop()
             return
         self.steps += 1
         self.bandit.after_step(group)
+        self.recent.after_step(group)
         if self._chosen is None:
             return
         if dist.is_initialized():
@@ -221,12 +227,15 @@ class Composer:
     def observed(self) -> dict[str, Any]:
         """What the micro-batches of a step have taught so far, on the CPU: for processes that did not see them."""
         chosen = None if self._chosen is None else self._chosen.cpu()
-        return {"chosen": chosen, "bandit": {name: value.cpu() for name, value in self.bandit.new.items()}}
+        documents = [(embeddings.cpu(), keys.cpu()) for embeddings, keys in self.recent.new]
+        rewards = {name: value.cpu() for name, value in self.bandit.new.items()}
+        return {"chosen": chosen, "bandit": rewards, "documents": documents}
 
     def observe(self, seen: Mapping[str, Any], device: torch.device) -> None:
         """Take over what another process `observed` in this step."""
         self._chosen = None if seen["chosen"] is None else seen["chosen"].to(device)
         self.bandit.new = {name: value.to(device) for name, value in seen["bandit"].items()}
+        self.recent.new = [(embeddings.to(device), keys.to(device)) for embeddings, keys in seen["documents"]]
 
     def state_dict(self) -> dict[str, Any]:
         """State between two steps. `usage` is an empty tensor before the first."""

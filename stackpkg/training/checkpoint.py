@@ -129,6 +129,7 @@ def write(folder: Path, kept: Kept, choice: Mapping[str, Tensor]) -> None:
         "ema_updates": kept.ema.updates,
         "skips": kept.skips.state_dict(),
         "guard": json.dumps(kept.guard.state_dict()),
+        "recent": kept.composer.recent.state_dict(),
     }
     torch.save(scalars, folder / "state.pt")
     write_router(folder, kept.composer, choice)
@@ -142,6 +143,7 @@ def read(folder: Path, kept: Kept) -> None:
     kept.ema.resume(scalars["ema_updates"])
     kept.skips.load_state_dict(scalars["skips"])
     kept.guard.load_state_dict(json.loads(scalars["guard"]))
+    kept.composer.recent.load_state_dict(scalars["recent"])
     read_router(folder, kept.composer)
     read_retriever(folder, kept.retriever)
 
