@@ -1,4 +1,4 @@
-"""`stackpkg`: run, launch, params, trace, withdraw, skip, status, verify, sign, push, book."""
+"""`stackpkg`: doctor, run, launch, params, trace, withdraw, skip, status, verify, sign, push, book."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from stackpkg import params
+from stackpkg.doctor import doctor
 from stackpkg.runs import RunFolder, root
 from stackpkg.schema import allowed
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A training stack: run, inspect, sign, publish.")
+app = typer.Typer(no_args_is_help=True, help="A training stack: run, inspect, sign, publish.")
+app.command()(doctor)
 WHOLE = "Give a record id, or the whole source that it was read from"
 COLOUR = {"green": "green", "amber": "yellow", "red": "red"}
 Folder = Annotated[Path, typer.Argument(help="a run's folder, such as outbox/smoke")]
