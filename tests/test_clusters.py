@@ -60,6 +60,23 @@ WORKERS = {
         dist.barrier()
         dist.destroy_process_group()
     """,
+    # as `meeting`, after one rank of the second node has died
+    "mortal": """
+        import signal
+        from stackpkg.training import layout
+        rank, ranks = layout.start()
+        if rank == ranks - 1 and not (home / "died").exists():
+            (home / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        import torch
+        import torch.distributed as dist
+        there = torch.ones(1)
+        dist.all_reduce(there)
+        if rank == 0:
+            (home / "done.json").write_text(json.dumps({"sum": there.item()}))
+        dist.barrier()
+        dist.destroy_process_group()
+    """,
     # trains until it is asked to stop; the first node's tells the others
     "patient": """
         from stackpkg import runs
@@ -148,6 +165,13 @@ def test_two_torchrun_agents_of_a_batch_script_meet(slurm: Path, folder: RunFold
     assert read_json(home / "submitted.json") == {"scheduler": "slurm", "id": "71"}
     assert launch.launch("job", profile(SLURM), folder) == done, "a job that is done is not submitted again"
     assert len((slurm / "sbatch.log").read_text().splitlines()) == 1
+
+
+def test_a_rank_that_dies_on_one_node_starts_all_nodes_again(slurm: Path, folder: RunFolder, monkeypatch) -> None:
+    """Each agent of torchrun counts restarts for itself (pytorch #108158): what they share must not depend on it."""
+    monkeypatch.setattr(launch, "WORKER", "mortal")
+    assert launch.launch("job", profile(SLURM, timeout_minutes=4.0), folder) == {"sum": 4}
+    assert (folder.path / "checkpoints/job/died").exists()
 
 
 def test_a_preempted_job_stops_whole_and_stands_in_the_queue_again(slurm: Path, folder: RunFolder, monkeypatch) -> None:

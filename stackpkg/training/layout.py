@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,10 +34,32 @@ def start(silent: float = 10.0) -> tuple[int, int]:
         # torchrun keeps its store across restarts (torch 2.13); without a prefix of its own a restarted
         # rank would connect to the addresses its dead predecessor left there.
         kept = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), ranks, is_master=False)
-        store = dist.PrefixStore(f"restart-{told['TORCHELASTIC_RESTART_COUNT']}", kept)
+        store = dist.PrefixStore(_together(kept, rank, ranks, silent), kept)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=silent))
     return rank, ranks
+
+
+def _together(store: dist.Store, rank: int, ranks: int, minutes: float) -> str:
+    """A name for the ranks that start together, which none had that started before: rank 0 gives it to whoever asks,
+    until all have thanked. The restart count is none: each agent of torchrun counts for itself (pytorch #108158).
+    Raises `TimeoutError` where a rank does not come for `minutes`.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + 60 * minutes
+    if rank:
+        store.set(f"asks-{rank}", mine)
+        store.wait([f"told-{mine}"], timedelta(minutes=minutes))
+        name = store.get(f"told-{mine}").decode()
+        store.set(f"thanks-{name}-{rank}", "")
+        return name
+    for other in range(1, ranks):
+        while not store.check([f"thanks-{mine}-{other}"]):
+            if store.check([f"asks-{other}"]):  # perhaps that of a dead predecessor, which harms nobody
+                store.set(f"told-{store.get(f'asks-{other}').decode()}", mine)
+            if time.monotonic() > end:
+                raise TimeoutError(f"rank {other} of {ranks} did not come within {minutes:g} minutes")
+            time.sleep(0.01)
+    return mine
 
 
 def leave() -> NoReturn:
