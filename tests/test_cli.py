@@ -238,7 +238,7 @@ def test_a_range_of_data_is_skipped_from_a_step_that_is_not_trained_yet(run: Pat
     runs.write_json(home / "job.json", {})
     (home / "checkpoint-6").mkdir()
     late = call("skip", run, "--step", "3", "--steps", "2")
-    assert late.exit_code == 1 and "checkpoint-6 has trained past step 3: move it" in late.stderr
+    assert late.exit_code == 1 and "checkpoint-6 has trained past step 3: set it aside first" in late.stderr
     done = call("skip", run, "--step", "6", "--steps", "2")
     assert done.exit_code == 0 and "from step 6 on, 2 steps of data are passed over" in done.stdout
     assert curriculum.decisions(home / "decisions.jsonl") == [{"kind": "skip", "step": 6, "steps": 2}]
@@ -268,7 +268,7 @@ def test_params_tells_defaults_ranges_and_meanings() -> None:
 
 
 def test_trace_goes_both_ways(run: Path) -> None:
-    assert "give one of --step and --document" in call("trace", run).stderr
+    assert "give one of --step, --document and --shard" in call("trace", run).stderr
     assert "has no training job 'train'; it has none" in call("trace", run, "--step", "0").stderr
     shutil.copytree(corpus(), run / "data")
     names = ("manifest.json", "pairs.parquet", "long_range.parquet")

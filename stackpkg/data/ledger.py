@@ -96,6 +96,21 @@ class Ledger:
                 found.add((step, use))
         return [{"step": step, "use": use} for step, use in sorted(found)]
 
+    def shard(self, name: str, blocks: Iterable[int] = ()) -> list[int]:
+        """The optimiser steps, in order, that read a document of a shard as text or filler; with `blocks`, one that
+        lies in these blocks of it."""
+        corpus, steps = self.stream.corpus, list[int]()
+        size = manifest.BLOCK // np.dtype(corpus.manifest["dtype"]).itemsize
+        first, last = corpus.offset // size, (corpus.offset + corpus.tokens - 1) // size
+        mine = np.array(corpus.names)[corpus.shard] == name
+        hit = np.any([(first <= k) & (k <= last) for k in blocks] or [mine], axis=0)
+        documents, plan, schedule = {*np.flatnonzero(mine & hit).tolist()}, self.stream.plan, self.stream.schedule
+        for step in range(self.steps):
+            rows = ((d, i) for i in plan.rows_at(plan.position(step)) for d, *_ in schedule.pieces(i))
+            if any(d in documents and schedule.gone[d] > i for d, i in rows):
+                steps.append(step)
+        return steps
+
     def sources(self, records: Iterable[str]) -> dict[str, str]:
         """record_id -> where each was read from, of those that are documents of the corpus."""
         wanted, found = pa.array(set(records), pa.string()), dict[str, str]()

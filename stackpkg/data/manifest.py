@@ -5,7 +5,7 @@ version's id is the beginning of the SHA-256 of its manifest, which holds no clo
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,11 @@ def verify(folder: Path, version: str = "", sample: int = 0) -> list[str]:
     return broken
 
 
-def check(folder: Path, version: str = "") -> None:
-    """What a job does before it reads: `verify` a sample. Raises `ValueError` that names what is missing or corrupt."""
-    share = -(-OPENING // len(read(folder, version)["shards"]))
-    if broken := verify(folder, version, sample=share):
+def check(folder: Path, version: str = "", spared: Collection[str] = (), blocks: int = OPENING) -> None:
+    """What a job does before it reads: `verify` a sample, but for the names in `spared`. Raises `ValueError` that names
+    what is missing or corrupt."""
+    share = -(-blocks // len(read(folder, version)["shards"]))
+    if broken := [name for name in verify(folder, version, sample=share) if name not in spared]:
         raise ValueError(f"corrupt or missing: {', '.join(broken)}; notebook 11 shows the way back")
 
 
@@ -184,6 +185,21 @@ def _spot(path: Path, known: np.ndarray, sample: int) -> bool:
             if xxhash.xxh3_64_intdigest(file.read(BLOCK)) != int(known[k]):
                 return False
     return True
+
+
+def damaged(folder: Path, name: str) -> list[int]:
+    """Numbers of the blocks of a shard of the head that changed: in shards/, or else in the newest copy in quarantine
+    that has any. Empty when there is no damaged copy. Raises `ValueError` for a name that no shard has."""
+    manifest, home = read(folder), folder / "quarantine"
+    known = {entry["name"]: sums for entry, sums in zip(manifest["shards"], blocks(folder, manifest), strict=True)}
+    if name not in known:
+        raise ValueError(f"shard {name!r} is none of {', '.join(known)}")
+    kept = sorted(home.glob(f"{name}.bin-*"), key=lambda path: runs.by_number(path.name), reverse=True)
+    for path in (path for path in (folder / f"shards/{name}.bin", *kept) if path.exists()):
+        found = checksums(path)
+        if bad := [k for k, right in enumerate(known[name]) if k >= len(found) or found[k] != right]:
+            return bad
+    return []
 
 
 def quarantine(folder: Path, name: str) -> Path:

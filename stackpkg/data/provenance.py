@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import time
 import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
@@ -137,9 +138,11 @@ def withdrawals(path: Path) -> dict[str, int]:
     return found
 
 
-def withdraw(path: Path, record_id: str, date: int, reason: str) -> None:
-    """Append a withdrawal, on disk when this returns. What an earlier writer did not finish is cut off first."""
-    line = Withdrawal(record_id=record_id, date=date, reason=reason).model_dump_json().encode() + b"\n"
+def withdraw(path: Path, record_id: str | Iterable[str], date: int, reason: str) -> None:
+    """Append withdrawals, on disk when this returns. What an earlier writer did not finish is cut off first."""
+    names = [record_id] if isinstance(record_id, str) else record_id
+    made = (Withdrawal(record_id=name, date=date, reason=reason) for name in names)
+    line = b"".join(each.model_dump_json().encode() + b"\n" for each in made)
     with path.open("a+b") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.seek(0)
@@ -152,6 +155,34 @@ def withdraw(path: Path, record_id: str, date: int, reason: str) -> None:
         stream.write(line)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _shards(folder: Path) -> pa.Table:
+    """record_id and shard of every document of the head."""
+    index = pa.ipc.open_file(str(manifest.index(folder, manifest.read(folder)))).read_all()
+    return index.select(["record_id", "shard"]).cast(pa.schema([("record_id", pa.string()), ("shard", pa.string())]))
+
+
+def withdraw_shard(folder: Path, shard: str, date: int, reason: str) -> int:
+    """Withdraw every record with a document in a shard of the head; how many. Raises `ValueError` when it has none."""
+    table = _shards(folder)
+    mine = table.filter(pc.equal(table["shard"], shard))["record_id"].unique().to_pylist()
+    if not mine:
+        raise ValueError(
+            f"no document is in a shard {shard!r}; there are {', '.join(table['shard'].unique().to_pylist())}"
+        )
+    withdraw(folder / "withdrawn.jsonl", mine, date, reason)
+    return len(mine)
+
+
+def passed_over(folder: Path) -> set[str]:
+    """Names, as `manifest.verify` gives them, of the shards that nothing reads: all their records are withdrawn."""
+    gone = [name for name, date in withdrawals(folder / "withdrawn.jsonl").items() if date <= time.time()]
+    if not gone:
+        return set()
+    table = _shards(folder)
+    read = table.filter(pc.invert(pc.is_in(table["record_id"], pa.array(gone, pa.string()))))["shard"]
+    return {f"shards/{name}.bin" for name in {*table["shard"].to_pylist()} - {*read.to_pylist()}}
 
 
 def withdrawals_due(folder: Path, data: Data, by: int) -> dict[str, str]:

@@ -8,6 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from stackpkg.data import manifest
+from stackpkg.data.provenance import passed_over
+from stackpkg.data.stream import Stream
 from stackpkg.evaluation.retrieval import Retriever
 from stackpkg.objectives import Composer
 from stackpkg.params import Params
@@ -30,6 +33,7 @@ class Resumable(Trainer):
     p: Params
     mesh: Mesh
     rank: int
+    stream: Stream
     composer: Composer
     ema: ShardedEMA
     skips: Skips
@@ -64,6 +68,9 @@ class Resumable(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, loss = self.state.global_step, self._row.get("validation_loss")
+        if self.rank == 0:  # no snapshot is taken from a corpus that changed under the job
+            corpus = self.stream.corpus
+            manifest.check(corpus.folder, corpus.version, passed_over(corpus.folder), manifest.OPENING // 16)
         self._write_row()
         self.rows.flush()
         self.saver.wait()

@@ -108,6 +108,26 @@ def latest(home: Path, check: Callable[[Path], list[str]] = problems) -> tuple[P
     return None, complaints
 
 
+def roll_back(home: Path, step: int) -> tuple[Path | None, list[str]]:
+    """Set aside the checkpoints after `step` and the report of the end, so that the job, which must not be running,
+    goes on from an earlier one; that one, and the names of what was set aside."""
+    aside = [path for at, path in listed(home).items() if at > step]
+    for path in aside:
+        _set_aside(path, "aside")
+    if (done := home / "done.json").exists():
+        aside.append(done)
+        _set_aside(done, "aside")
+    return ([*listed(home).values()] or [None])[-1], [path.name for path in aside]
+
+
+def touched(home: Path, step: int) -> list[str]:
+    """What holds the learning of optimiser step `step` (from 0): checkpoints, promoted versions, weights at the end."""
+    found = [path.name for at, path in listed(home).items() if at > step]
+    told = read_json(home / PROMOTED) if (home / PROMOTED).exists() else {}
+    found += [f"version {version}" for at, version in told.items() if int(at) > step]
+    return found + [name for name in ("final", "final_ema") if (home / name).exists()]
+
+
 def carry(name: str, source: Path, target: Path) -> Path:
     """Give the checkpoint `target` the file `name` of the checkpoint `source`, such as the state of its routers: made
     anew and whole in its place; what was there is set aside. Returns it. For a job that is not running.

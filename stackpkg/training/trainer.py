@@ -25,10 +25,11 @@ from stackpkg.evaluation.retrieval import Retriever
 from stackpkg.objectives import StepCounts, norms
 from stackpkg.params import Params
 from stackpkg.runs import write_json
+from stackpkg.telemetry import logbook
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
-from stackpkg.training import riders, versions
+from stackpkg.training import riders, snapshots, versions
 from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.faults import inject, spoilt
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
@@ -219,6 +220,9 @@ class StackTrainer(Resumable):
                 stream.writelines(
                     json.dumps({"step": step, "attempt": self.attempt, **alert}) + "\n" for alert in alerts
                 )
+            if not self.faults:  # a drill's alerts are no incidents
+                good = [path.name for path in snapshots.listed(Path(str(self.args.output_dir))).values()]
+                logbook.fired(self.folder, self.name, step, self.attempt, alerts, good[-1] if good else "")
             note = " update skipped" if self._update_skipped else ""
             fired = "".join(f" ! {alert['alert']}" for alert in alerts)
             shown = "loss {loss:8.4f}  norm {grad_norm:7.3f}  rate {learning_rate:.2e}  {tokens_per_second:6.0f} tok/s"

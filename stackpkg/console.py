@@ -1,0 +1,29 @@
+"""What the modules of commands share: how a run is named, and how a command stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from stackpkg import runs
+
+Folder = Annotated[Path, typer.Argument(help="a run's folder, such as outbox/smoke")]
+Job = Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")]
+
+
+def stop(message: object) -> NoReturn:
+    typer.secho(str(message), fg="red", err=True)
+    raise typer.Exit(1)
+
+
+def folder_at(path: Path) -> runs.RunFolder:
+    """The run at `path`, which must be a folder of this repository's outbox."""
+    outbox = runs.root() / "outbox"
+    if not path.is_dir():
+        there = sorted(found.name for found in outbox.iterdir() if found.is_dir() and found.name[0] != ".")
+        stop(f"{path} is not a run's folder; runs here: {', '.join(there) or 'none'}")
+    if path.resolve().parent != outbox.resolve():
+        stop(f"{path} is not in {runs.root().name}/outbox")
+    return runs.RunFolder(path.resolve().name)

@@ -1,0 +1,223 @@
+"""What a person types when a run needs help: the commands of the runbooks. Those that only look come first."""
+
+from __future__ import annotations
+
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackpkg.console import Folder, Job, folder_at, stop
+
+WHOLE = "Give a record id, or the whole source that it was read from"
+
+
+def home_at(path: Path, job: str) -> Path:
+    home = folder_at(path).path / "checkpoints" / job
+    if not (home / "job.json").exists():
+        stop(f"{path} has no training job {job!r}; run notebook 31 first, or give another --job")
+    return home
+
+
+def job(path: Folder, job: Job = "train") -> None:
+    """How a training job stands: its last row, attempts, rungs of the ladder, checkpoints, alerts. Only looks."""
+    from stackpkg.telemetry import rows as telemetry
+    from stackpkg.training import attempts, recovery, snapshots
+
+    home = home_at(path, job)
+    told = home.parents[1] / "telemetry" / job
+    if [*told.glob("rank-*.jsonl")]:
+        last = telemetry.read(told).sort_values("time").iloc[-1]
+        silent = time.time() - last.time
+        typer.echo(f"last row: step {last.step}, attempt {last.attempt}, {silent:.0f} s ago, loss {last.get('loss')}")
+    typer.echo("done" if (home / "done.json").exists() else "not done")
+    for number, each in enumerate(attempts.read(home), 1):
+        notes = {name: each[name] for name in ("stopped", "hung", "aside") if each.get(name)}
+        typer.echo(
+            f"attempt {number}  {each['at']}  from {each['resumed_from'] or 'the start'}  {notes or ''}".rstrip()
+        )
+    for rung in recovery.history(home):
+        typer.echo(
+            f"ladder  {rung['at']}  {rung['rung']}: steps {rung['first']} to {rung['last']}, from {rung['good']}"
+        )
+    for checkpoint in snapshots.listed(home).values():
+        typer.echo(f"{checkpoint.name}  {'; '.join(snapshots.problems(checkpoint)) or 'whole'}")
+    alerts = told.with_name(f"{job}.alerts.jsonl")
+    typer.echo("\n".join(alerts.read_text(encoding="utf-8").splitlines()[-5:]) if alerts.exists() else "no alerts")
+
+
+def rows(
+    path: Folder,
+    series: Annotated[list[str], typer.Argument(help="columns of the telemetry, such as loss or 'router_*'")],
+    job: Job = "train",
+    last: Annotated[int, typer.Option(min=1, help="rows to show")] = 20,
+    whole: Annotated[bool, typer.Option("--whole", help="spread over the whole run instead of its end")] = False,
+) -> None:
+    """Rows of the telemetry, every attempt and rank. Only looks."""
+    from stackpkg.telemetry import rows as telemetry
+
+    try:
+        table = telemetry.read(folder_at(path).path / "telemetry" / job).sort_values(["step", "attempt", "rank"])
+    except FileNotFoundError as error:
+        stop(error)
+    if absent := [one for one in series if not any(fnmatch(name, one) for name in table)]:
+        typer.echo(f"no row has {', '.join(absent)}")
+    shown = [name for name in table if any(fnmatch(name, one) for one in series)]
+    part = table.iloc[:: -(-len(table) // last)] if whole else table.tail(last)
+    typer.echo(part[["step", "attempt", "rank", *shown]].to_string(index=False))
+
+
+def trace(
+    path: Folder,
+    step: Annotated[int | None, typer.Option(help="optimiser step, from 0: which documents were in it?")] = None,
+    document: Annotated[str | None, typer.Option(help="record id, or its source: which steps read it?")] = None,
+    shard: Annotated[str | None, typer.Option(help="a shard's name: which step read it, or its damage, first?")] = None,
+    job: Job = "train",
+) -> None:
+    """From a step to its documents, from a document or a shard to its steps, and to the snapshots that hold it."""
+    if (step, document, shard).count(None) != 2:
+        stop("give one of --step, --document and --shard")
+    from stackpkg.data import manifest
+    from stackpkg.data.items import record_id
+    from stackpkg.data.ledger import Ledger
+
+    folder = folder_at(path)
+    try:
+        ledger = Ledger(folder.path, job)
+        if shard is not None:
+            blocks = manifest.damaged(ledger.stream.corpus.folder, shard)
+            typer.echo(
+                f"damaged blocks: {', '.join(map(str, blocks))}" if blocks else "no damaged copy; the whole shard"
+            )
+            lines = [{"step": found, "use": "first read"} for found in ledger.shard(shard, blocks)[:1]]
+        elif step is not None:
+            rows = ledger.step(step)
+            sources = ledger.sources(row["record_id"] for row in rows)
+            lines = [row | {"source": sources.get(row["record_id"], "")} for row in rows]
+        else:
+            known = 0 in ledger.stream.corpus.find([str(document)])
+            named = str(document) if known else record_id(str(document))
+            lines = ledger.document(named)
+            if not lines and 0 not in ledger.stream.corpus.find([named]):
+                stop(f"no record {document!r} in the corpus. {WHOLE}")
+    except ValueError as error:
+        stop(error)
+    typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in lines) or "none")
+    if step is None and lines:
+        from stackpkg.training import snapshots
+
+        home, first = folder.path / "checkpoints" / job, int(lines[0]["step"])
+        before = max((at for at in snapshots.listed(home) if at <= first), default=0)
+        typer.echo(f"snapshots with it: {', '.join(snapshots.touched(home, first)) or 'none'}")
+        typer.echo(f"newest checkpoint without it: {f'checkpoint-{before}' if before else 'none'}")
+
+
+def withdraw(
+    path: Folder,
+    record: Annotated[list[str], typer.Option("--record", help="record id, or its source; may be given several times")],
+    reason: Annotated[str, typer.Option(help="who asked, and why: it is kept")],
+) -> None:
+    """Take records out of what a run reads, from its next launch on. Shards stay as they are; no other record moves."""
+    from stackpkg.data import provenance
+    from stackpkg.data.corpus import Corpus
+    from stackpkg.data.items import record_id
+
+    data = folder_at(path).path / "data"
+    try:
+        corpus = Corpus(data)
+        named = [name if 0 in corpus.find([name]) else record_id(name) for name in record]
+        if unknown := [name for name, found in zip(record, named, strict=True) if 0 not in corpus.find([found])]:
+            stop(f"no record {', '.join(map(repr, unknown))} in the corpus; nothing was withdrawn. {WHOLE}")
+        for name in named:
+            provenance.withdraw(data / "withdrawn.jsonl", name, int(time.time()), reason)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.echo(f"withdrawn: {', '.join(named)}; a job that is launched or goes on from now passes over them")
+    _unsealed(data.parent)
+
+
+def _unsealed(run: Path) -> None:
+    if (run / "SHA256SUMS").exists():
+        typer.echo("this run was sealed, and is another now: run its profile again, which seals it anew")
+
+
+def shards(
+    path: Folder,
+    mend: Annotated[bool, typer.Option("--mend", help="quarantine each broken shard and make it again")] = False,
+    skip: Annotated[str, typer.Option(help="quarantine this shard and withdraw its records instead")] = "",
+    reason: Annotated[str, typer.Option(help="with --skip: who decided, and why")] = "",
+) -> None:
+    """Are the files of the corpus those of its manifest? Looks, unless --mend or --skip is given; deletes nothing."""
+    from stackpkg.data import manifest, provenance
+    from stackpkg.data import shards as tokens
+
+    data = folder_at(path).path / "data"
+    try:
+        for name in manifest.verify(data):
+            shard = Path(name).stem
+            typer.echo(f"{name}: corrupt or missing")
+            if not (name.endswith(".bin") and (mend or skip == shard)):
+                continue
+            if (data / name).exists():
+                typer.echo(f"set aside: quarantine/{manifest.quarantine(data, name).name}")
+            if mend:
+                typer.echo(f"made again, the same bytes: {tokens.rebuild(data, shard).name}")
+        if skip:
+            gone = provenance.withdraw_shard(data, skip, int(time.time()), reason)
+            typer.echo(f"{gone} records withdrawn; a job that is launched or goes on from now passes over them")
+        left = set(manifest.verify(data)) - provenance.passed_over(data)
+    except (OSError, ValueError) as error:
+        stop(error)
+    if left:
+        stop(f"a job would not begin: {', '.join(sorted(left))}")
+    typer.echo("all that a job reads is whole")
+    if mend or skip:
+        _unsealed(data.parent)
+
+
+def halt(path: Folder, reason: Annotated[str, typer.Option(help="kept with the attempt")], job: Job = "train") -> None:
+    """Ask a running job to save and end after its present step; launched again, it goes on from there."""
+    from stackpkg.training import stop as stopping
+
+    typer.echo(f"{stopping.request(home_at(path, job), reason).name} file written; the job ends after its present step")
+
+
+def rollback(
+    path: Folder,
+    step: Annotated[int, typer.Option(min=0, help="the last step to keep; checkpoints are named by their step")],
+    job: Job = "train",
+) -> None:
+    """Let a job that is not running go on from an earlier checkpoint: later ones are set aside, none is deleted."""
+    from stackpkg.training import snapshots
+
+    good, aside = snapshots.roll_back(home_at(path, job), step)
+    typer.echo(f"set aside: {', '.join(aside) or 'nothing'}\nit goes on from {good.name if good else 'the start'}")
+
+
+def skip(
+    path: Folder,
+    step: Annotated[int, typer.Option("--step", min=0, help="first optimiser step, from 0, that reads later data")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="steps of data to pass over")],
+    job: Job = "train",
+) -> None:
+    """Pass over a range of data when a stopped training job goes on; recorded, so that every resume repeats it."""
+    from stackpkg.data import curriculum
+
+    home = home_at(path, job)
+    late = max((int(c.name[11:]) for c in home.glob("checkpoint-*") if c.name[11:].isdigit()), default=0)
+    if late > step:
+        stop(f"checkpoint-{late} has trained past step {step}: set it aside first, stackpkg rollback --step {step}")
+    curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
+    typer.echo(f"from step {step} on, {steps} steps of data are passed over; run the profile again to go on")
+
+
+def note(path: Folder, text: Annotated[str, typer.Argument(help="what was seen, done and lost")]) -> None:
+    """Add a dated entry to the logbook of a run, outbox/<run>/logbook.md."""
+    from stackpkg.telemetry import logbook
+
+    typer.echo(f"added to {logbook.add(folder_at(path).path, 'note', [text]).name}")
+
+
+COMMANDS = (job, rows, trace, shards, halt, rollback, skip, withdraw, note)
