@@ -177,11 +177,28 @@ def shards(
         _unsealed(data.parent)
 
 
-def halt(path: Folder, reason: Annotated[str, typer.Option(help="kept with the attempt")], job: Job = "train") -> None:
+def halt(
+    path: Folder,
+    reason: Annotated[str, typer.Option(help="kept with the attempt")],
+    now: Annotated[bool, typer.Option("--now", help="kill it: without a checkpoint, for good")] = False,
+    job: Job = "train",
+) -> None:
     """Ask a running job to save and end after its present step; launched again, it goes on from there."""
     from stackpkg.training import stop as stopping
 
-    typer.echo(f"{stopping.request(home_at(path, job), reason).name} file written; the job ends after its present step")
+    home = home_at(path, job)
+    if now:
+        stopping.kill(home, reason)
+        typer.echo(f"every rank ends within seconds; {stopping.killed(home)}")
+        return
+    typer.echo(f"{stopping.request(home, reason).name} file written; the job ends after its present step")
+
+
+def save(path: Folder, job: Job = "train") -> None:
+    """Ask a running job for a checkpoint after its present step; it goes on."""
+    from stackpkg.training import stop as stopping
+
+    typer.echo(f"{stopping.ask_save(home_at(path, job)).name} file written; the job saves after its present step")
 
 
 def rollback(
@@ -220,4 +237,4 @@ def note(path: Folder, text: Annotated[str, typer.Argument(help="what was seen, 
     typer.echo(f"added to {logbook.add(folder_at(path).path, 'note', [text]).name}")
 
 
-COMMANDS = (job, rows, trace, shards, halt, rollback, skip, withdraw, note)
+COMMANDS = (job, rows, trace, shards, save, halt, rollback, skip, withdraw, note)

@@ -28,12 +28,13 @@ from stackpkg.schema_training import (
     Retrieval,
     Snapshots,
     Sweep,
+    Telemetry,
     Training,
 )
 
 __all__ = [
     "Auxiliary", "Cluster", "Data", "Evaluation", "Governance", "Layout", "Optimization", "Retrieval", "Section",
-    "Share", "Snapshots", "Source", "Stage", "Sweep", "Training", "Until",
+    "Share", "Snapshots", "Source", "Stage", "Sweep", "Telemetry", "Training", "Until",
 ]  # fmt: skip
 
 
@@ -110,6 +111,7 @@ class Params(Section):
     snapshots: Snapshots = Field(default_factory=Snapshots)
     layout: Layout = Field(default_factory=Layout)
     cluster: Cluster = Field(default_factory=Cluster)
+    telemetry: Telemetry = Field(default_factory=Telemetry)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     retrieval: Retrieval = Field(default_factory=Retrieval)
     sweep: Sweep = Field(default_factory=Sweep)

@@ -110,6 +110,12 @@ class Cluster(Section):
     claim: str = Field("", description="Kubernetes: volume claim that holds the repository")
 
 
+class Telemetry(Section):
+    """What a job tells while it runs, beside its rows."""
+
+    export: bool = Field(False, description="gauges for Prometheus on a free port of loopback, as outbox/.targets says")
+
+
 class Evaluation(Section):
     """What is measured each epoch and the targets it must meet."""
 

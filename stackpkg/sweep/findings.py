@@ -185,7 +185,8 @@ def thresholds(p: Params, runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """For every guardrail watched each step, and for the plain gradient norm: does a value of its score separate the
     runs (name -> rows by step) that diverged from those that did not, and is it the value that we ship? Scored are the
     steps before the last quarter, which says what diverged: so an alert foretells it, or does not."""
-    alerts = [a for a in guard.load(p) if a.per == "step" and a.series not in (*DEFINING, "data_wait_seconds")]
+    speed = "data_wait_seconds", "tokens_per_second"
+    alerts = [a for a in guard.load(p) if (a.per, a.seen) == ("step", "job") and a.series not in (*DEFINING, *speed)]
     spike = next(a for a in alerts if a.series == "grad_norm")
     alerts.append(spike.model_copy(update={"name": "gradient norm", "comparison": "above", "threshold": math.nan}))
     bad = {name: diverged(table) for name, table in runs.items()}

@@ -25,16 +25,25 @@ class Drill(Section):
 class Alert(Section):
     """One alert; `params/alerts.yaml` says what the fields mean. Its runbook is `book/runbooks/<name>.md`."""
 
-    name: str = Field(pattern=r"^Train([A-Z][a-z]*)+$")
+    name: str = Field(pattern=r"^([A-Z][a-z]*)+$")
     series: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    comparison: Literal["above", "below", "robust_z_above", "times_median_above"]
+    comparison: Literal[
+        "above", "below", "returns_above", "robust_z_above", "times_median_above", "times_median_below",
+        "older_than", "fills_within", "always",
+    ]  # fmt: skip
     threshold: float | str
     hold: int = Field(ge=1)
-    per: Literal["step", "evaluation"] = "step"
+    per: Literal["step", "evaluation", "second"] = "step"
+    seen: Literal["job", "outside"] = "job"
     drill: Drill
-    severity: Literal["critical", "warning"]
+    severity: Literal["critical", "warning", "info"]
     action: Literal["log", "skip", "roll_back", "retrieval_off", "snapshot", "stop"]
     summary: str
+
+    @property
+    def falls(self) -> bool:
+        """Whether it is a small value that is bad."""
+        return self.comparison in ("below", "times_median_below")
 
     def drilled(self) -> "Alert":
         return self.model_copy(update=self.drill.model_dump(exclude={"fault"}, exclude_none=True))
@@ -52,12 +61,14 @@ def load(p: Params, path: Path | None = None) -> list[Alert]:
 
 
 class Guard:
-    """Watches the rows of one rank. An alert fires once when its hold is reached, and again only after it cleared."""
+    """Watches the rows of one rank, for the alerts that a job can see. An alert fires once when its hold is reached,
+    and again only after it cleared."""
 
     def __init__(self, alerts: list[Alert], drill: bool = False) -> None:
-        self.alerts = [alert.drilled() for alert in alerts] if drill else alerts
-        self._held = {alert.name: 0 for alert in alerts}
-        self._windows: dict[str, deque[float]] = {alert.name: deque(maxlen=WINDOW) for alert in alerts}
+        inside = [alert for alert in alerts if alert.seen == "job"]
+        self.alerts = [alert.drilled() for alert in inside] if drill else inside
+        self._held = {alert.name: 0 for alert in inside}
+        self._windows: dict[str, deque[float]] = {alert.name: deque(maxlen=WINDOW) for alert in inside}
 
     @classmethod
     def production(cls, p: Params) -> "Guard":
@@ -77,11 +88,13 @@ class Guard:
             value = row.get(alert.series)
             if value is None or not math.isfinite(value):
                 continue
-            found, limit = score(alert, value, self._windows[alert.name]), float(alert.threshold)
-            beyond = found < limit if alert.comparison == "below" else found > limit
+            window, limit = self._windows[alert.name], float(alert.threshold)
+            found = score(alert, value, window)
+            over = found < limit if alert.falls else found > limit
+            beyond = over and (alert.comparison != "returns_above" or bool(window))
             self._held[alert.name] = (self._held[alert.name] + 1) * beyond
-            if not beyond and not row.get("update_skipped"):
-                self._windows[alert.name].append(value)
+            if not over and not row.get("update_skipped"):
+                window.append(value)
             if self._held[alert.name] == alert.hold:
                 told = alert.model_dump(include={"series", "threshold", "hold", "severity", "action", "summary"})
                 fired.append({"alert": alert.name, "value": value, "runbook": f"runbooks/{alert.name}.md", **told})
@@ -98,12 +111,12 @@ class Guard:
 
 
 def score(alert: Alert, value: float, window: deque[float]) -> float:
-    if alert.comparison in ("above", "below"):
+    if alert.comparison in ("above", "below", "returns_above"):
         return value
     if len(window) < WARM:
-        return 0.0
+        return math.inf if alert.falls else 0.0
     centre = median(window)
-    if alert.comparison == "times_median_above":
+    if alert.comparison.startswith("times_median"):
         return value / max(centre, 1e-12)
     # robust z = (x - median) / (1.4826 MAD)   (Iglewicz & Hoaglin 1993); a flat window counts as 1% wide
     spread = 1.4826 * median(abs(x - centre) for x in window)

@@ -1,4 +1,4 @@
-"""The alerts of `params/alerts.yaml` as Prometheus rules over the gauges `train_<series>`."""
+"""The alerts of `params/alerts.yaml` for Prometheus and Alertmanager, over the exporter's gauges `train_<series>`."""
 
 import math
 from typing import Any
@@ -7,28 +7,59 @@ import yaml
 
 from stackpkg.telemetry.guard import WINDOW, Alert
 
+RECEIVERS = {"critical": "page", "warning": "ticket", "info": "deadman"}  # by severity
+SIGN = {"above": ">", "below": "<"}
+
 
 def expression(alert: Alert, step_seconds: float) -> str:
     """PromQL that is true while the series is beyond its threshold; windows are `WINDOW` steps and a minute long."""
     name, limit, span = f"train_{alert.series}", alert.threshold, f"[{math.ceil(WINDOW * step_seconds) + 60}s"
     centre = f"quantile_over_time(0.5, {name}{span}])"
-    if alert.comparison == "times_median_above":
-        return f"{name} > {limit} * {centre}"
+    if alert.comparison == "always":
+        return "vector(1)"
+    if alert.series == "up":  # Prometheus' own, of each target that it should reach
+        return f'up{{run!=""}} {SIGN[alert.comparison]} {limit}'
+    if alert.comparison == "older_than":
+        return f"time() - {name} > {limit}"
+    if alert.comparison == "fills_within":  # at the rate of a twenty-fourth of that time
+        return f"predict_linear({name}[{max(10, int(float(limit) / 24))}s], {limit}) < 0"
+    if alert.comparison == "returns_above":
+        return f"{name} > {limit} and min_over_time({name}[30d]) <= {limit}"
+    if alert.comparison.startswith("times_median"):
+        return f"{name} {'<' if alert.falls else '>'} {limit} * {centre}"
     if alert.comparison == "robust_z_above":
         spread = f"1.4826 * quantile_over_time(0.5, abs({name} - {centre}){span}:])"
         return f"({name} - {centre}) > {limit} * {spread} and ({name} - {centre}) > {limit} * 0.01 * abs({centre})"
-    sign, furthest = {"above": (">", "max_over_time"), "below": ("<", "min_over_time")}[alert.comparison]
-    # one bad step must not slip through between two scrapes
-    return f"{furthest}({name}[1m]) {sign} {limit}" if alert.hold == 1 else f"{name} {sign} {limit}"
+    if alert.hold == 1 and alert.seen == "job":  # the extreme of a minute: no step slips through between two scrapes
+        name = f"train_{'min' if alert.falls else 'max'}_{alert.series}"
+    return f"{name} {SIGN[alert.comparison]} {limit}"
 
 
 def render(alerts: list[Alert], step_seconds: float, evaluation_seconds: float) -> str:
     """A rules file (YAML). `hold` becomes `for`, by the measured seconds between two steps or two evaluations."""
     rules: list[dict[str, Any]] = []
+    lasts = {"step": step_seconds, "evaluation": evaluation_seconds, "second": 1.0}
     for alert in alerts:
-        wait = math.ceil((alert.hold - 1) * (step_seconds if alert.per == "step" else evaluation_seconds))
+        wait = math.ceil((alert.hold - 1) * lasts[alert.per])
         notes = {"summary": "{{ $labels.run }}: " + alert.summary, "runbook_url": f"runbooks/{alert.name}.html"}
         labels = {"severity": alert.severity, "action": alert.action}
         rule = {"alert": alert.name, "expr": expression(alert, step_seconds), "for": f"{wait}s", "labels": labels}
         rules.append(rule | {"annotations": notes})
     return yaml.safe_dump({"groups": [{"name": "training", "rules": rules}]}, sort_keys=False, width=1000)
+
+
+def routes(hooks: dict[str, str], wait: str = "10s") -> str:
+    """Alertmanager's configuration (YAML): each severity to a receiver, which is a webhook at `hooks[receiver]`. Alerts
+    of one name and job go out together, `wait` after the first. Raises `ValueError` for a receiver without a hook.
+    """
+    if missing := sorted({*RECEIVERS.values()} - hooks.keys()):
+        raise ValueError(f"no webhook for {', '.join(missing)}; give a URL for each of {', '.join(RECEIVERS.values())}")
+    by_severity = [
+        {"matchers": [f'severity="{severity}"'], "receiver": receiver} for severity, receiver in RECEIVERS.items()
+    ]
+    root = {"receiver": "page", "group_by": ["alertname", "run", "job"], "routes": by_severity}
+    root |= {"group_wait": wait, "group_interval": wait, "repeat_interval": "4h"}
+    receivers = [
+        {"name": name, "webhook_configs": [{"url": url, "send_resolved": True}]} for name, url in hooks.items()
+    ]
+    return yaml.safe_dump({"route": root, "receivers": receivers}, sort_keys=False)

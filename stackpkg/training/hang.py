@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stackpkg.runs import read_json, write_json
+from stackpkg.training.stop import KILL
 
 FOLDER = "hang"  # in the job's folder: rank<k>.json and the stacks, rank<k>.txt
 GRACE = 5.0  # seconds between the stacks of one rank and its end: the others are to write theirs
@@ -29,7 +30,8 @@ NEAR = 8  # frames from the innermost one that tell what a thread does
 
 
 class Watch(TrainerCallback):
-    """Ends this rank when `minutes` go by without a beat. A thread looks; nothing waits for it."""
+    """Ends this rank when `minutes` go by without a beat, or a `kill` file is there. A thread looks; nothing waits for
+    it."""
 
     def __init__(self, home: Path, rank: int, minutes: float) -> None:
         self.folder, self.rank, self.limit = home / FOLDER, rank, 60 * minutes
@@ -58,7 +60,9 @@ class Watch(TrainerCallback):
 
     def _look(self) -> None:
         while True:
-            time.sleep(min(10.0, self.limit / 4))
+            time.sleep(min(2.0, self.limit / 4))
+            if (self.folder.parent / KILL).exists():
+                os._exit(STATUS)
             if self.saving():
                 self.beat()
             if self.awake and (silent := time.monotonic() - self.last) > self.limit:

@@ -11,18 +11,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_json
+from stackpkg.telemetry.exporter import target
 from stackpkg.training import clusters, support
-from stackpkg.training.stop import Stopped, stopped
+from stackpkg.training.stop import Stopped, killed, stopped
 
-TETHER, WORKER = "stackpkg.training.tether", "stackpkg.training.worker"
+TETHER, WORKER, EXPORTER = (f"stackpkg.{name}" for name in ("training.tether", "training.worker", "telemetry.exporter"))
 # sections of a profile that change nothing of what is computed
-WHERE = ("layout", "cluster", "snapshots", "sweep", "governance")
+WHERE = ("layout", "cluster", "telemetry", "snapshots", "sweep", "governance")
 DIAGNOSIS = "diagnosis.json"  # what the end of the recovery ladder leaves
 FOLDERS = ("checkpoints", "telemetry", "eval")
 RAISED = re.compile(r"(\[rank\d+\]:\s*)?(?=[\w.]*(Error|RollBack|Failed): )")  # the last line of a traceback
@@ -107,6 +109,8 @@ def launch(
     fails, `TimeoutError` past `layout.timeout_minutes`.
     """
     support.check(p)
+    if why := killed(folder.path / "checkpoints" / name):
+        raise ValueError(why)
     spec = describe(name, p, folder, steps or p.max_steps, faults)
     home = folder.path / "checkpoints" / name
     job, done = home / "job.json", home / "done.json"
@@ -133,9 +137,13 @@ def launch(
                 f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository, with HEAD_NODE "
                 f"the first of them: {' '.join(shown)}"
             )
-        clusters.follow(p, name, home, shown)
+        with _exported(name, p, folder):
+            clusters.follow(p, name, home, shown)
     else:
-        _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
+        with _exported(name, p, folder):
+            _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
+    if done.exists() or stopped(home):
+        target(folder.path, name).unlink(missing_ok=True)  # nobody is to miss it
     if not done.exists():
         if (home / DIAGNOSIS).exists():
             raise RuntimeError(f"{name}: {read_json(home / DIAGNOSIS)['message']}")
@@ -145,11 +153,31 @@ def launch(
     return read_json(done)
 
 
+@contextmanager
+def _exported(name: str, p: Params, folder: RunFolder) -> Iterator[None]:
+    """With the exporter beside it, where the profile asks for one: it ends with this block, or with this process."""
+    if not p.telemetry.export:
+        yield
+        return
+    following = [sys.executable, "-m", TETHER, "-m", EXPORTER, str(folder.path), name]
+    with (folder / f"checkpoints/{name}/exporter.txt").open("w") as said:
+        child = subprocess.Popen(following, stdout=said, stderr=said, env=_environment(), start_new_session=True)
+    try:
+        yield
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def _environment() -> dict[str, str]:
+    paths = filter(None, (str(root()), os.environ.get("PYTHONPATH")))
+    return clusters.QUIET | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def _stream(arguments: list[str], log: Path, p: Params, shown: str) -> None:
     """Run to the end; everything goes to `log`, lines that start with `shown` to the reader as well."""
     minutes = p.layout.timeout_minutes
-    environment = clusters.QUIET | os.environ
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root()), os.environ.get("PYTHONPATH"))))
+    environment = _environment()
     if not p.model.name_or_path:
         environment["HF_HUB_OFFLINE"] = "1"
     process = subprocess.Popen(

@@ -28,6 +28,7 @@ from stackpkg.params import Snapshots
 from stackpkg.runs import now, write_json
 from stackpkg.training import snapshots
 from stackpkg.training.faults import meant
+from stackpkg.training.stop import SAVE
 
 SILENT = timedelta(minutes=30)  # a rank that writes nothing for longer is taken for dead
 
@@ -69,7 +70,8 @@ class Saver:
     """At most one save is under way. `about` is what the manifest of every snapshot of this attempt says."""
 
     def __init__(self, home: Path, keep: Snapshots, about: dict[str, Any], faults: list[dict[str, Any]]) -> None:
-        self.keep, self.about, self.faults, self.partial = keep, about, faults, home / snapshots.PARTIAL
+        self.keep, self.about, self.faults = keep, about, faults
+        self.home, self.partial = home, home / snapshots.PARTIAL
         self.group = dist.new_group(backend="gloo", timeout=SILENT)  # apart from the training's messages
         cuda = torch.cuda.is_available()
         # in memory that is kept from save to save, copied to by a thread
@@ -152,8 +154,8 @@ def _settled(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class Cadence(TrainerCallback):
-    """A checkpoint when `every_minutes` have passed on rank 0, the end of a job not before its last save, and word of a
-    save that failed, once a step: what one rank knows, all must, or they part."""
+    """A checkpoint when `every_minutes` have passed on rank 0 or a `save` file is there, the end of a job not before
+    its last save, and word of a save that failed, once a step: what one rank knows, all must, or they part."""
 
     def __init__(self, saver: Saver) -> None:
         self.saver, self.last = saver, time.monotonic()
@@ -162,7 +164,8 @@ class Cadence(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         minutes = self.saver.keep.every_minutes
-        due = dist.get_rank() == 0 and 0 < 60 * minutes <= time.monotonic() - self.last
+        late = 0 < 60 * minutes <= time.monotonic() - self.last
+        due = dist.get_rank() == 0 and (late or (self.saver.home / SAVE).exists())
         flags = torch.tensor([due, self.saver.failed], dtype=torch.int32, device=args.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         saving, failed = map(bool, flags.tolist())
@@ -173,6 +176,8 @@ class Cadence(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.last = time.monotonic()
+        if dist.get_rank() == 0:
+            (self.saver.home / SAVE).unlink(missing_ok=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.saver.wait()

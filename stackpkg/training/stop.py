@@ -1,6 +1,8 @@
-"""The stop file that every job honours: a file `stop` in the job's folder, its text the reason.
+"""The switches that every job honours: files in its folder, `stop` and `kill` with the reason as text, and `save`.
 
-The job ends after the step in which rank 0 saw it, with a checkpoint; launching the same job again goes on from there.
+`stop`: the job ends after the step in which rank 0 saw it, with a checkpoint; launching the same job again goes on from
+there. `save`: a checkpoint after that step, and the job goes on. `kill`: every rank ends by itself within seconds,
+though it hangs, without a checkpoint, and no launch goes on until the file is gone.
 `python -m stackpkg.training.stop HOME` exits with 143 when the job in HOME was stopped by a preemption, else with 0.
 """
 
@@ -12,7 +14,7 @@ from typing import Any
 
 from stackpkg.runs import read_json, write_json, write_text
 
-FILE, PREEMPTED = "stop", "preempted"
+FILE, SAVE, KILL, PREEMPTED = "stop", "save", "kill", "preempted"
 
 
 class Stopped(RuntimeError):
@@ -22,6 +24,24 @@ class Stopped(RuntimeError):
 def request(home: Path, reason: str) -> Path:
     """Ask the job whose folder is `home` to end after its present step. A job in its last step just finishes."""
     return write_text(home / FILE, reason)
+
+
+def ask_save(home: Path) -> Path:
+    """Ask the job for a checkpoint after its present step."""
+    return write_text(home / SAVE, "")
+
+
+def kill(home: Path, reason: str) -> Path:
+    """End every rank of the job now, and let none begin again until the file that is returned is removed."""
+    return write_text(home / KILL, reason)
+
+
+def killed(home: Path) -> str:
+    """Why the job may not go on; empty when it may."""
+    if not (home / KILL).exists():
+        return ""
+    reason = (home / KILL).read_text(encoding="utf-8").strip() or "no reason given"
+    return f"{home.name} was killed: {reason}; remove checkpoints/{home.name}/{KILL} to let it go on"
 
 
 def record(home: Path, step: int) -> str:

@@ -29,7 +29,7 @@ from stackpkg.telemetry import logbook
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
-from stackpkg.training import riders, snapshots, versions
+from stackpkg.training import riders, snapshots, stop, versions
 from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.faults import inject, spoilt
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
@@ -215,7 +215,7 @@ class StackTrainer(Resumable):
         if self.rank == 0:
             step = self.state.global_step
             alerts = self.guard.observe(row)
-            self.retriever.switch.on &= all(alert["action"] != "retrieval_off" for alert in alerts)
+            self._act(alerts)
             with (self.folder / "telemetry" / f"{self.name}.alerts.jsonl").open("a", encoding="utf-8") as stream:
                 stream.writelines(
                     json.dumps({"step": step, "attempt": self.attempt, **alert}) + "\n" for alert in alerts
@@ -229,6 +229,17 @@ class StackTrainer(Resumable):
             print(f"[{self.name}] step {step:>4}/{self.args.max_steps}  {shown.format(**row)}{note}{fired}", flush=True)
         if "validation_loss" in row:  # its alert may have switched retrieval off
             self.retriever.agree()
+
+    def _act(self, alerts: list[dict[str, Any]]) -> None:
+        """What an alert asks for; a spike was skipped before its row was written, and the ladder rolls back."""
+        home = Path(str(self.args.output_dir))
+        for alert in alerts:
+            if alert["action"] == "retrieval_off":
+                self.retriever.switch.on = False
+            if alert["action"] == "snapshot":
+                stop.ask_save(home)
+            if alert["action"] == "stop":
+                stop.request(home, f"{alert['alert']}: {alert['summary']}")
 
     # ---- evaluation, each epoch
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

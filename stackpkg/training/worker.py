@@ -45,6 +45,8 @@ def run(job_file: Path) -> None:
     An attempt whose updates are not finite ends on all ranks at once; the ladder says how the next one begins.
     """
     job, home = read_json(job_file), job_file.parent
+    if why := stop.killed(home):
+        raise ValueError(why)
     folder, p = home.parents[1], params.validate(job["params"])
     layout.start(p.layout.hang_minutes + 2)  # so that ranks tell where they wait before the wait breaks off
     mesh = build(p.layout)
