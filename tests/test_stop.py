@@ -58,6 +58,32 @@ def test_a_stopped_job_ends_on_all_ranks_with_a_checkpoint_and_goes_on_to_the_sa
     assert all(torch.equal(average[0][name], tensor) for name, tensor in average[1].items())
 
 
+def test_a_job_is_asked_to_save_and_one_that_hangs_is_killed_for_good(lab: RunFolder) -> None:
+    home, hang = lab.path / "checkpoints/switched", {"kind": "hang", "step": 5, "rank": 1, "attempt": 1}
+    p = profile(2)
+    p = p.model_copy(update={"snapshots": p.snapshots.model_copy(update={"every_steps": 6})})
+
+    def ask() -> None:
+        while not (home / "attempts.json").exists():
+            time.sleep(0.01)
+        stop.ask_save(home)
+        while not [*home.glob("checkpoint-*/complete.json")]:
+            time.sleep(0.05)
+        stop.kill(home, "does harm")
+
+    threading.Thread(target=ask, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        launch.launch("switched", p, lab, steps=6, faults=[hang], quiet=True)
+    assert time.monotonic() - began < 60 * p.layout.hang_minutes, "it ended by the watch over hangs"
+    (saved,) = home.glob("checkpoint-*/complete.json")
+    assert read_json(saved)["step"] < 5 and not (home / stop.SAVE).exists()
+    with pytest.raises(ValueError, match=r"switched was killed: does harm; remove checkpoints/switched/kill"):
+        launch.launch("switched", p, lab, steps=6, faults=[hang], quiet=True)
+    (home / stop.KILL).unlink()
+    assert launch.launch("switched", p, lab, steps=6, faults=[hang], quiet=True)["steps"] == 6
+
+
 def test_a_request_in_the_last_step_is_no_reason_to_drop_a_finished_job(tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
