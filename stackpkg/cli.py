@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from stackpkg import params
-from stackpkg.runs import RunFolder, root, write_json
+from stackpkg.runs import RunFolder, root
 from stackpkg.schema import allowed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A training stack: run, inspect, sign, publish.")
@@ -255,28 +255,14 @@ def sign(
 
 
 @app.command("lm-eval")
-def lm_eval(
-    path: Folder,
-    tasks: Annotated[Path, typer.Option(help="a task of the harness (YAML), or a folder of them")],
-    limit: Annotated[int | None, typer.Option(min=1, help="examples of each task at most")] = None,
-) -> None:
+def lm_eval(path: Folder, tasks: Annotated[Path, typer.Option(help="a task (YAML), or a folder of them")]) -> None:
     """Tasks of lm-evaluation-harness on the promoted version (extra `lm-eval`); written to eval/lm_eval.json."""
-    from stackpkg.evaluation import harness
-    from stackpkg.training import promotion
+    from stackpkg.governance import release
 
-    folder = _folder(path)
-    artifacts = folder.path / "artifacts"
-    version = promotion.registry(artifacts)["current"]
-    if version is None:
-        _stop(f"nothing of {path} is promoted: run notebook 32 first")
     try:
-        found = harness.measure(artifacts / version, folder.path / "data", tasks, limit)
+        typer.echo("\n".join(release.examine(_folder(path), tasks)))
     except (OSError, ValueError) as error:
         _stop(error)
-    write_json(folder / "eval/lm_eval.json", {"version": version, **found})
-    for name, numbers in found["results"].items():
-        shown = (f"{key} {value:.4g}" for key, value in numbers.items() if isinstance(value, float))
-        typer.echo("  ".join([name, *shown]))
 
 
 @app.command()

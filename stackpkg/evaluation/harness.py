@@ -26,9 +26,9 @@ def tasks_in(path: Path) -> dict[str, Path]:
     return found
 
 
-def measure(model: Path, data: Path, tasks: Path, limit: int | None = None) -> dict[str, Any]:
-    """Results by task of a folder of `save_pretrained`, with the tokenizer of the shards below `data`; at most `limit`
-    examples of each. A task may run code that lies beside it, and fetches its data if it names a set of a hub.
+def measure(model: Path, data: Path, tasks: Path) -> dict[str, Any]:
+    """Results by task of a folder of `save_pretrained`, with the tokenizer of the shards below `data`. A task may run
+    code that lies beside it, and fetches its data if it names a set of a hub.
 
     Raises `ValueError` without the extra, or without a task.
     """
@@ -42,8 +42,8 @@ def measure(model: Path, data: Path, tasks: Path, limit: int | None = None) -> d
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer.of_shards(data), eos_token="<eos>", pad_token="<pad>")  # noqa: S106
     known = TaskManager(include_path=str(tasks if tasks.is_dir() else tasks.parent), include_defaults=False)
-    asked = HFLM(pretrained=network, tokenizer=words, device="cpu", batch_size=1, max_length=4_096)
-    found = simple_evaluate(asked, tasks=list(files), task_manager=known, limit=limit, log_samples=False)
+    asked = HFLM(pretrained=network, backend="causal", tokenizer=words, device="cpu", batch_size=1, max_length=4_096)
+    found = simple_evaluate(asked, tasks=list(files), task_manager=known, log_samples=False)
     assert found is not None, "None on the ranks that are not the first alone"
     told = {name: {**found["results"][name], "sha256": digest(file)} for name, file in files.items()}
-    return {"harness": __version__, "model_sha256": digest(model), "limit": limit, "results": told}
+    return {"harness": __version__, "model_sha256": digest(model), "results": told}
