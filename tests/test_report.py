@@ -84,6 +84,11 @@ def test_a_loss_that_is_not_a_number_fails(tmp_path: Path) -> None:
     assert verdicts(tmp_path, read, epoch())["validation loss"] == ["FAIL"]
 
 
+def test_a_number_that_the_epoch_before_did_not_have_is_shown(tmp_path: Path) -> None:
+    assert verdicts(tmp_path, epoch(), epoch(retrieval_sets={}))["validation loss"] == ["SUCCESS"]
+    assert "fiqa ndcg at 10" in (tmp_path / "epoch.html").read_text(encoding="utf-8")
+
+
 def test_flat_names_every_number_once() -> None:
     numbers = report.flat(epoch())
     assert numbers["validation_loss_docs"] == 4.5 and numbers["router_entropy_layer_1"] == 0.6
@@ -136,4 +141,5 @@ def test_the_trend_page_shows_every_panel_and_loads_nothing(tmp_path: Path) -> N
     lines = trend.panel(frame, "Validation loss", {"validation_loss": 2.1}).axes[0].lines
     drawn = {line.get_label(): list(line.get_ydata()) for line in lines}
     assert drawn["validation loss"] == [4.0, 3.0, 2.0] and [2.1, 2.1] in drawn.values()
-    assert drawn["validation loss code, averaged"] == [3.5] * 3
+    assert [4.1] * 3 in drawn.values(), "the averaged weights are drawn too"
+    assert len({line.get_color() for line in lines}) == 3 and len(lines) == 7, "a colour each: all, code, docs"

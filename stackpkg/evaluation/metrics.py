@@ -64,14 +64,14 @@ def violations(model: nn.Module, stream: Stream, n: int, device: torch.device) -
 
 def by_distance(stream: Stream, rows: Batch, right: np.ndarray) -> list[dict[str, float]]:
     """Accuracy, with its interval of 95 %, by distance of the evidence of an answer in tokens: `up_to` the reach of the
-    windowed model, then up to twice that, four times, and so on."""
+    windowed model, then in four steps to twice that, and so on."""
     if not len(right):
         return []
     values = longrange.symbols(stream.p.auxiliary)[1]
     away = longrange.distances(rows["input_ids"], rows["answer_mask"], stream.corpus.manifest["specials"], values)
     reach = stream.tasks["held_out"][0]["reach"]
-    octave = np.ceil(np.log2(np.maximum(away / reach, 1))).astype(int)
-    return [{"up_to": reach * 2**k, **proportion(right[octave == k])} for k in np.unique(octave).tolist()]
+    place = np.ceil(4 * np.log2(np.maximum(away / reach, 1)) - 1e-9).astype(int)
+    return [{"up_to": round(reach * 2 ** (k / 4)), **proportion(right[place == k])} for k in np.unique(place).tolist()]
 
 
 @torch.no_grad()

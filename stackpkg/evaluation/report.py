@@ -76,7 +76,7 @@ def write(report: dict[str, Any], previous: dict[str, Any] | None, p: Params, ta
     numbers, before = flat(report), flat(previous) if previous else None
     metrics = [Measured(column=name, tests=limits(p, name, before)) for name in sorted(numbers)]
     current = Dataset.from_pandas(pd.DataFrame([numbers]))
-    reference = Dataset.from_pandas(pd.DataFrame([before])) if before else None
+    reference = Dataset.from_pandas(pd.DataFrame([before]).reindex(columns=list(numbers))) if before else None
     snapshot = Report(metrics).run(current, reference)
     with replacing(target) as temporary:
         snapshot.save_html(str(temporary))

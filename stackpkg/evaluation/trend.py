@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -33,17 +34,16 @@ def panel(trend: pd.DataFrame, title: str, promoted: Mapping[str, float]) -> Fig
     """A line of each series of a panel over the epochs; those of the averaged weights are dashed, and what the promoted
     snapshot had is dotted. Chance, targets and verdicts are on the pages of the epochs."""
     unit, begins = PANELS[title]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    for name in (column for column in trend if column.removeprefix("ema_").startswith(begins)):
-        averaged = name.startswith("ema_")
-        label = f"{name.removeprefix('ema_')}, averaged" if averaged else name
-        (line,) = axes.plot(trend.index, trend[name], "--" if averaged else "o-", label=label.replace("_", " "))
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    for name in (column for column in trend if column.startswith(begins)):
+        (line,) = axes.plot(trend.index, trend[name], "o-", label=name.replace("_", " "))
+        if f"ema_{name}" in trend:
+            axes.plot(trend.index, trend[f"ema_{name}"], "--", color=line.get_color())
         if name in promoted:
             axes.axhline(promoted[name], color=line.get_color(), linestyle=":")
     axes.set(xlabel="epoch", ylabel=unit, title=title, xticks=trend.index)
     if axes.lines:
-        figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
+        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     return figure
 
 
@@ -53,6 +53,7 @@ def write(trend: pd.DataFrame, promoted: Mapping[str, float], pages: Iterable[st
     for name in PANELS:
         with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}), io.StringIO() as buffer:
             figure = panel(trend, name, promoted)
+            plt.close(figure)
             if not figure.axes[0].lines:
                 continue
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
