@@ -50,6 +50,16 @@ def sign(
     typer.echo(f"wrote {written.name} and {written.name}.sig")
 
 
+def lm_eval(path: Folder, tasks: Annotated[Path, typer.Option(help="a task (YAML), or a folder of them")]) -> None:
+    """Tasks of lm-evaluation-harness on the promoted version (extra `lm-eval`); written to eval/lm_eval.json."""
+    from stackpkg.governance import release
+
+    try:
+        typer.echo("\n".join(release.examine(folder_at(path), tasks)))
+    except (OSError, ValueError) as error:
+        stop(error)
+
+
 def push(
     path: Folder, repository: Annotated[str, typer.Argument(help="owner/name on the hub; made, private, if missing")]
 ) -> None:
@@ -69,4 +79,4 @@ def push(
     typer.echo(f"{repository} at {commit} is what was promoted")
 
 
-COMMANDS = (verify, sign, push)
+COMMANDS = (verify, sign, lm_eval, push)

@@ -122,6 +122,9 @@ class Evaluation(Section):
     rows: int = Field(16, ge=1, description="validation sequences per domain")
     pairs: int = Field(64, ge=4, description="held-out retrieval pairs")
     k: int = Field(1, ge=1, le=100, description="precision@k, recall@k; a mined query has one relevant document")
+    retrieval_sets: list[str] = Field(
+        [], description="folders in BEIR's format to be measured on besides: their dev and test judgements"
+    )
     min_precision_at_k: float = Field(0.75, ge=0, le=1, description="target; the specification has 0.75")
     entropy_band: tuple[Share, Share] = Field((0.2, 0.9), description="normalised router entropy must stay inside")
     max_violations: Share = Field(

@@ -1,5 +1,6 @@
 """Retrieval metrics against a definition, and the evaluation of an epoch on a small model and real rows."""
 
+import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from tiny_models import DEEPSEEK, LLAMA, QWEN, STACK
 
 from stackpkg import params
+from stackpkg.data import longrange
 from stackpkg.data.stream import Stream
-from stackpkg.evaluation.metrics import evaluate_epoch, router_balance, violations
-from stackpkg.evaluation.ranking import ranking
+from stackpkg.evaluation import calibration, epoch, sets
+from stackpkg.evaluation.metrics import by_distance, evaluate_epoch, router_balance, violations
+from stackpkg.evaluation.ranking import CUT, ranking
 from stackpkg.evaluation.retrieval import BINS, Retriever
 from stackpkg.model import build, scopes
 from stackpkg.objectives.routing import Routed
@@ -23,14 +26,17 @@ from stackpkg.objectives.routing import Routed
 
 def by_definition(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, float]:
     """One query at a time: a relevant document stands behind everything else that scores as high."""
-    precision, recall, reciprocal = [], [], []
+    precision, recall, reciprocal, discounted = [], [], [], []
     for row, good in zip(scores.tolist(), relevant.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda d: (-row[d], good[d]))
         hits = [good[d] for d in order]
         precision.append(sum(hits[:k]) / k)
         recall.append(sum(hits[:k]) / sum(good))
         reciprocal.append(1 / (1 + hits.index(True)))
-    parts = {f"precision_at_{k}": precision, f"recall_at_{k}": recall, "mrr": reciprocal}
+        gains = [hit / math.log2(place + 2) for place, hit in enumerate(hits[:CUT])]
+        ideal = [1 / math.log2(place + 2) for place in range(min(CUT, sum(good)))]
+        discounted.append(sum(gains) / sum(ideal))
+    parts = {f"precision_at_{k}": precision, f"recall_at_{k}": recall, "mrr": reciprocal, "ndcg_at_10": discounted}
     return {name: sum(values) / len(values) for name, values in parts.items()}
 
 
@@ -38,12 +44,13 @@ def test_a_ranking_worked_out_by_hand() -> None:
     scores = np.array([[0.9, 0.8, 0.1, 0.0], [0.2, 0.9, 0.7, 0.1], [0.5, 0.4, 0.3, 0.2]])
     relevant = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]], bool)
     # first: rank 1; second: rank 3; third: ranks 2 and 4
+    # discounted: 1, 1 / log2(4), and (1 / log2(3) + 1 / log2(5)) of (1 + 1 / log2(3))
+    ndcg = (1 + 1 / 2 + (1 / math.log2(3) + 1 / math.log2(5)) / (1 + 1 / math.log2(3))) / 3
     assert ranking(scores, relevant, 1) == pytest.approx(
-        {"precision_at_1": 1 / 3, "recall_at_1": 1 / 3, "mrr": (1 + 1 / 3 + 1 / 2) / 3}
+        {"precision_at_1": 1 / 3, "recall_at_1": 1 / 3, "mrr": (1 + 1 / 3 + 1 / 2) / 3, "ndcg_at_10": ndcg}
     )
-    assert ranking(scores, relevant, 2) == pytest.approx(
-        {"precision_at_2": (1 / 2 + 0 + 1 / 2) / 3, "recall_at_2": (1 + 0 + 1 / 2) / 3, "mrr": 11 / 18}
-    )
+    at_2 = {"precision_at_2": (1 / 2 + 0 + 1 / 2) / 3, "recall_at_2": (1 + 0 + 1 / 2) / 3, "mrr": 11 / 18}
+    assert ranking(scores, relevant, 2) == pytest.approx(at_2 | {"ndcg_at_10": ndcg})
     assert ranking(scores, relevant, 4)["recall_at_4"] == 1.0
 
 
@@ -58,7 +65,39 @@ def test_ties_count_against_the_system() -> None:
 def test_constant_scores_never_look_good(constant: float) -> None:
     for relevant in (np.eye(20, dtype=bool), np.eye(20, dtype=bool)[::-1]):
         found = ranking(np.full((20, 20), constant), relevant, 1)
-        assert found == pytest.approx({"precision_at_1": 0.0, "recall_at_1": 0.0, "mrr": 1 / 20})
+        assert found == pytest.approx({"precision_at_1": 0.0, "recall_at_1": 0.0, "mrr": 1 / 20, "ndcg_at_10": 0.0})
+
+
+def test_a_higher_grade_is_a_larger_gain() -> None:
+    grades, best = np.array([[2, 1, 0]]), 2 + 1 / math.log2(3)
+    found = ranking(np.array([[0.1, 0.9, 0.5]]), grades, 1)  # the better document comes last
+    assert found["ndcg_at_10"] == pytest.approx((1 + 2 / math.log2(4)) / best)
+    assert ranking(np.array([[0.9, 0.5, 0.1]]), grades, 1)["ndcg_at_10"] == pytest.approx(1)
+
+
+def test_the_calibration_error_is_that_of_its_formula() -> None:
+    def of(confidence: float, right: int, n: int) -> torch.Tensor:
+        """Reliability of n predictions between two tokens, all this sure, so many right."""
+        logits = torch.tensor([[math.log(confidence), math.log(1 - confidence)]]).repeat(n, 1)
+        return calibration.reliability(logits, torch.tensor([0] * right + [1] * (n - right)))
+
+    assert calibration.expected_error(of(0.9, 9, 10)) == pytest.approx(0, abs=1e-6)
+    assert calibration.expected_error(of(0.9, 5, 10)) == pytest.approx(0.4)
+    both = of(0.9, 5, 10) + of(0.6, 30, 30)  # 10 / 40 x 0.4 + 30 / 40 x 0.4
+    assert calibration.expected_error(both) == pytest.approx(0.4) and both[0].sum() == 40
+    hidden = calibration.reliability(torch.zeros(2, 3, 5), torch.full((2, 3), -100))
+    assert hidden.sum() == 0 and calibration.expected_error(hidden) == 0, "nothing is labelled"
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 5))
+def test_predictions_drawn_from_their_own_probabilities_are_calibrated(seed: int, sharpness: float) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(4_000, 7) * sharpness
+    labels = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    honest = calibration.expected_error(calibration.reliability(logits, labels))
+    assert honest < 0.05, "15 bins of 4,000 draws"
+    boasting = calibration.expected_error(calibration.reliability(logits * 4, labels))
+    assert boasting > honest
 
 
 def test_a_query_without_a_relevant_document_is_refused() -> None:
@@ -111,6 +150,8 @@ def evaluated(model: torch.nn.Module, stream: Stream, **changes: object) -> dict
     p = profile(**changes)
     report = evaluate_epoch(model, stream, p, torch.device("cpu"), averaged, Retriever(stream, p))
     assert calls == ["in", "out"] and model.training
+    told = report | {"run": "t", "attempt": 1, "epoch": 1, "step": 6}
+    assert set(epoch.checked(told, "epoch")) == set(told), "the schema describes what is measured"
     return report
 
 
@@ -125,14 +166,61 @@ def test_an_epoch_of_a_stack_model(stream: Stream) -> None:
         expected[domain] = float(model(**rows).loss)
     assert report["validation_loss_by_domain"] == pytest.approx(expected, rel=1e-5)
     assert report["validation_loss"] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-5)
-    assert report["ema_validation_loss"] == pytest.approx(math.log(stream.vocab_size), rel=1e-5)
+    assert report["ema"]["validation_loss"] == pytest.approx(math.log(stream.vocab_size), rel=1e-5)
+    assert report["ema"]["calibration_error"] < 0.1 and set(report["ema"]) <= set(epoch.Numbers.model_fields)
+    for domain, losses in report["validation_loss_by_row"].items():
+        rows = stream.validation(domain, 3)["labels"]
+        weight = (rows >= 0).sum(1)
+        assert np.average(losses, weights=weight) == pytest.approx(expected[domain], rel=1e-5), domain
+    labelled = sum((stream.validation(d, 3)["labels"] >= 0).sum() for d in stream.domains)
+    assert sum(report["calibration"]["count"]) == labelled
     assert report["k"] == 2 and 0 <= report["precision_at_k"] <= 0.5 and report["recall_at_k"] <= 1
     assert report["pairs"] == len(stream.validation_pairs(8)["pair_key"]) > 1
     answers = int(stream.long_range(3)["answer_mask"].sum())
     assert report["long_range_answers"] == answers > 0 and 0 <= report["long_range_accuracy"] <= 1
+    told = report["long_range_by_distance"]
+    assert sum(row["n"] for row in told) == answers
+    assert sum(row["n"] * row["value"] for row in told) == pytest.approx(report["long_range_accuracy"] * answers)
+    assert [row["up_to"] for row in told] == sorted({row["up_to"] for row in told}) and told[0]["low"] <= told[0][
+        "high"
+    ]
     assert len(report["router"]) == 2
     for layer in report["router"]:
         assert len(layer["usage"]) == 4 and sum(layer["usage"]) == pytest.approx(1) and 0 < layer["entropy"] <= 1
+
+
+def test_answers_are_told_apart_by_how_far_their_evidence_is(stream: Stream) -> None:
+    rows = stream.long_range(4)
+    away = longrange.distances(rows["input_ids"], rows["answer_mask"], stream.corpus.manifest["specials"],
+                               longrange.symbols(stream.p.auxiliary)[1])  # fmt: skip
+    near = away <= 2 * 30  # the reach is that of 2 layers of a window of 16
+    found = {row["up_to"]: row for row in by_distance(stream, rows, near)}
+    assert sum(row["n"] for row in found.values()) == len(away) and (away > 30).all()
+    assert {up_to: row["value"] for up_to, row in found.items()} == {up_to: float(up_to <= 60) for up_to in found}
+    assert by_distance(stream, rows, np.array([], bool)) == []
+
+
+def test_a_set_in_beir_s_format_is_measured_with_its_grades(stream: Stream, tmp_path: Path) -> None:
+    texts = {f"d{k}": f"alpha{k} beta{k * 7} gamma{k}" for k in range(6)}
+    home = tmp_path / "fiqa"
+    (home / "qrels").mkdir(parents=True)
+    lines = [json.dumps({"_id": name, "title": "", "text": text}) + "\n" for name, text in texts.items()]
+    (home / "corpus.jsonl").write_text("".join(lines))
+    (home / "queries.jsonl").write_text("".join(lines))  # a query is its document: found at the first place
+    judged = [f"{name}\t{name}\t2\n" for name in texts] + ["d0\td1\t1\n", "d0\td2\t0\n"]
+    (home / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
+    p = profile(evaluation={"pairs": 4, "retrieval_sets": [str(home)]},
+                auxiliary={"query_tokens": 16, "document_tokens": 16})  # fmt: skip
+    found = sets.load(stream.corpus.folder, p, stream.pad_id)["fiqa"]
+    assert found.grades.tolist()[0] == [2, 1, 0, 0, 0, 0] and found.grades.shape == (4, 6)
+    model = build(params.Model(config=STACK), stream.vocab_size, stream.pad_id, 3).eval()
+    report = evaluated(model, stream, evaluation={"rows": 2, "pairs": 8, "retrieval_sets": [str(home)]},
+                       auxiliary=p.auxiliary.model_dump())["retrieval_sets"]["fiqa"]  # fmt: skip
+    assert report["mrr"] == 1 and report["ndcg_at_10"] > 0.8 and report["documents"] == 6
+    for wrong, message in (("d0\td1\t0\n", "no relevant document"), ("d0\td9\t1\n", "1 wrong lines")):
+        (home / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + wrong)
+        with pytest.raises(ValueError, match=message):
+            sets.load(stream.corpus.folder, p, stream.pad_id)
 
 
 def test_an_epoch_of_other_models(stream: Stream) -> None:

@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -193,9 +194,59 @@ def test_a_later_version_is_never_smaller(start: tuple[int, int, int], kinds: li
 
 def test_the_checkpoint_that_was_promoted_is_marked(tmp_path: Path, candidate: Path) -> None:
     snapshot = tmp_path / "checkpoint-4"
-    write_json(snapshot / "manifest.json", {"step": 4})
+    write_json(snapshot / "manifest.json", {"step": 4, "data": "corpus"})
     assert not promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, ["no"], snapshot=snapshot)
     assert not (tmp_path / PROMOTED).exists()
     assert promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, [], card="# A card", snapshot=snapshot)
     assert read_json(tmp_path / PROMOTED) == {"4": "v1"}
     assert (tmp_path / "artifacts/v1/README.md").read_text() == "# A card"
+
+
+MEASURED = {"validation_loss": 4.0, "precision_at_k": 0.5, "recall_at_k": 0.5, "mrr": 0.6, "ndcg_at_10": 0.7}
+MEASURED |= {"long_range_accuracy": 0.0, "pairs": 64, "long_range_answers": 128}
+
+
+@pytest.fixture
+def current(tmp_path: Path, candidate: Path) -> Path:
+    """Artifacts whose current version was measured on the corpus `d`."""
+    write_json(tmp_path / "checkpoint-4/manifest.json", {"step": 4, "data": "d"})
+    promotion.promote(tmp_path / "a", candidate, "v1", MEASURED, [], snapshot=tmp_path / "checkpoint-4")
+    promotion.promote(tmp_path / "a", candidate, "bad", {"validation_loss": 9.0}, ["no"])
+    return tmp_path / "a"
+
+
+def test_a_candidate_may_not_be_worse_than_the_current_version(current: Path) -> None:
+    limits = promotion.no_worse(current, "d")
+    assert promotion.gate(MEASURED, limits) == [], "it is no worse than itself"
+    assert promotion.gate(MEASURED | {"validation_loss": 4.07}, limits) == []
+    for change in ({"validation_loss": 4.09}, {"precision_at_k": 0.1}, {"mrr": 0.2}, {"validation_loss": math.nan}):
+        assert len(promotion.gate(MEASURED | change, limits)) == 1, change
+    assert len(promotion.gate({}, limits)) == len(limits) == 6, "what is not measured is not better"
+    assert limits["long_range_accuracy"] == (">=", 0.0), "there is nothing to lose"
+
+
+def test_another_corpus_or_no_version_sets_no_limit(current: Path, tmp_path: Path) -> None:
+    assert promotion.no_worse(current, "another") == promotion.no_worse(tmp_path / "nothing", "d") == {}
+    promotion.demote(current, "withdrawn")
+    assert promotion.no_worse(current, "d") == {}
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.02, 64), (0.1, 64), (0.5, 32), (0.9, 64), (0.98, 500)])
+def test_the_gate_seldom_refuses_a_candidate_that_is_as_good(
+    share: float, n: int, tmp_path: Path, candidate: Path
+) -> None:
+    """Two draws of the same share: all five measures are refused once in a hundred at most."""
+    rng, trials, refused = np.random.default_rng(n), 4_000, 0
+    write_json(tmp_path / "checkpoint-4/manifest.json", {"step": 4, "data": "d"})
+    promotion.promote(tmp_path, candidate, "v1", {}, [], snapshot=tmp_path / "checkpoint-4")
+    told = read_json(tmp_path / "registry.json")
+    for _ in range(trials // 10):
+        before = rng.binomial(n, share, 5) / n
+        values = dict(zip(promotion.COUNTED, before.tolist(), strict=True)) | {"pairs": n, "long_range_answers": n}
+        told["history"][-1]["values"] = values | {"validation_loss": 1.0}
+        write_json(tmp_path / "registry.json", told)
+        limits = promotion.no_worse(tmp_path, "d")
+        for now in rng.binomial(n, share, (10, 5)) / n:
+            drawn = dict(zip(promotion.COUNTED, now.tolist(), strict=True)) | {"validation_loss": 1.0}
+            refused += bool(promotion.gate(drawn, limits))
+    assert refused <= 0.01 * trials, f"{refused} of {trials}"

@@ -211,15 +211,11 @@ def test_two_processes_compute_what_one_does(lab: RunFolder, alone, spread, sing
     assert (alone[single]["ranks"], spread[double]["ranks"]) == (1, 2)
     assert spread[double]["sharded_share"] > 0.9 and alone[single]["sharded_share"] == 0.0
     reports = [read_json(lab.path / f"eval/{name}/epoch_002.json") for name in (single, double)]
-    for key in (
-        "validation_loss",
-        "ema_validation_loss",
-        "precision_at_k",
-        "mrr",
-        "long_range_accuracy",
-        "reading_loss",
-    ):
+    keys = "validation_loss", "precision_at_k", "mrr", "long_range_accuracy", "calibration_error", "reading_loss"
+    for key in keys:
         assert reports[0][key] == pytest.approx(reports[1][key], rel=1e-4), key
+    assert reports[0]["ema"]["validation_loss"] == pytest.approx(reports[1]["ema"]["validation_loss"], rel=1e-4)
+    assert reports[0]["ema"]["validation_loss"] != reports[0]["validation_loss"]
     assert reports[0]["step"] == STEPS and list(reports[0]["validation_loss_by_domain"]) == ["code", "documentation"]
 
 

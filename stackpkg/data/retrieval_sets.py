@@ -45,7 +45,7 @@ def read(path: Path) -> RetrievalSet:
     Grades above 0 are relevant, those of 0 negatives; `mine_negatives` finds more. Documents nobody judged are dealt to
     the splits as the pairs are. Raises `ValueError` when a folder lacks its corpus, its queries or all judgements.
     """
-    judged, corpus, found = _beir(path) if path.is_dir() else _triples(path)
+    judged, corpus, found = judgements(path) if path.is_dir() else _triples(path)
     graded: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for (query, text), (grade, *_) in judged.items():
         graded[query, grade > 0].append(text)
@@ -65,7 +65,8 @@ def _drawn(share: float, *key: str) -> str:
     return "held_out" if mixing.hashed(1, *key)[0] / 2.0**64 < share else "train"
 
 
-def _beir(folder: Path) -> tuple[Judged, list[str], list[Problem]]:
+def judgements(folder: Path) -> tuple[Judged, list[str], list[Problem]]:
+    """What a BEIR folder judges, the texts of its corpus, and the lines that were set aside. Raises as `read` does."""
     (corpus, bad), (queries, wrong) = (_entries(folder, name) for name in ("corpus", "queries"))
     judged: Judged = {}
 

@@ -1,6 +1,7 @@
 """The report of one epoch as an evidently page: every number with the limit it must meet.
 
-Evidently's own ranking metrics label rank k as k + 1 (0.7.23), so the numbers come from `evaluation.metrics`.
+Evidently's own ranking metrics label rank k as k + 1 (0.7.23), so the numbers come from `evaluation.metrics`, those of
+ranking from trec_eval.
 """
 
 from __future__ import annotations
@@ -43,11 +44,17 @@ class MeasuredCalculation(SingleValueCalculation[Measured]):
 
 def flat(report: dict[str, Any]) -> dict[str, float]:
     """The numbers of an epoch report under one level of names; strict JSON holds those not finite as strings."""
-    strings = ("NaN", "Infinity", "-Infinity")
+    strings, parts = ("NaN", "Infinity", "-Infinity"), [("", report), ("ema_", report["ema"])]
+    parts += [(f"{name}_", ranked) for name, ranked in report["retrieval_sets"].items()]
+    parts += [(f"{start}validation_loss_", part["validation_loss_by_domain"]) for start, part in parts[:2]]
     numbers = {
-        key: float(value) for key, value in report.items() if isinstance(value, (int, float)) or value in strings
+        start + key: float(value)
+        for start, part in parts
+        for key, value in part.items()
+        if isinstance(value, (int, float)) or value in strings
     }
-    numbers |= {f"validation_loss_{name}": float(value) for name, value in report["validation_loss_by_domain"].items()}
+    far = report["long_range_by_distance"]
+    numbers |= {f"long_range_accuracy_to_{row['up_to']}": float(row["value"]) for row in far}
     for index, layer in enumerate(report["router"]):
         numbers[f"router_entropy_layer_{index}"] = float(layer["entropy"])
         numbers[f"router_usage_max_layer_{index}"] = float(max(layer["usage"]))
@@ -69,7 +76,7 @@ def write(report: dict[str, Any], previous: dict[str, Any] | None, p: Params, ta
     numbers, before = flat(report), flat(previous) if previous else None
     metrics = [Measured(column=name, tests=limits(p, name, before)) for name in sorted(numbers)]
     current = Dataset.from_pandas(pd.DataFrame([numbers]))
-    reference = Dataset.from_pandas(pd.DataFrame([before])) if before else None
+    reference = Dataset.from_pandas(pd.DataFrame([before]).reindex(columns=list(numbers))) if before else None
     snapshot = Report(metrics).run(current, reference)
     with replacing(target) as temporary:
         snapshot.save_html(str(temporary))

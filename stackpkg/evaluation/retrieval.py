@@ -13,6 +13,7 @@ from torch import nn
 
 from stackpkg.data import manifest
 from stackpkg.data.stream import Batch, Stream
+from stackpkg.evaluation import sets
 from stackpkg.evaluation.ranking import ranking
 from stackpkg.model.embedding import embed
 from stackpkg.model.retrieval import Found, Index, Record, Switch
@@ -29,6 +30,7 @@ class Retriever:
 
     def __init__(self, stream: Stream, p: Params) -> None:
         self.stream, self.p, self.switch = stream, p, Switch(p.retrieval.sigma_min)
+        self.sets = sets.load(stream.corpus.folder, p, stream.pad_id)
         self._known: dict[str, tuple[str, int, float]] = {}
 
     def _records(self, pairs: Batch) -> list[Record]:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.hf_api import RepoFile
 
 from stackpkg import runs
+from stackpkg.evaluation import harness
 from stackpkg.governance.datacards import render
 from stackpkg.training import promotion
 
@@ -59,6 +60,20 @@ def card(
         "about": dict(about), "digests": {name: runs.digest(path) for name, path in found.items()},
     }  # fmt: skip
     return f"---\n{head.to_yaml()}\n---\n\n{render('release_card.md.j2', known)}"
+
+
+def examine(folder: runs.RunFolder, tasks: Path) -> list[str]:
+    """Measure the current version of a run on tasks of lm-evaluation-harness, into `eval/lm_eval.json`; a line each.
+
+    Raises `ValueError` where nothing is promoted, and as `harness.measure` does.
+    """
+    version = promotion.registry(folder.path / "artifacts")["current"]
+    if version is None:
+        raise ValueError(f"nothing of outbox/{folder.name} is promoted; its notebook 32 tells what the gate missed")
+    found = harness.measure(folder.path / "artifacts" / version, folder.path / "data", tasks)
+    runs.write_json(folder / "eval/lm_eval.json", {"version": version, **found})
+    shown = {name: {k: v for k, v in told.items() if isinstance(v, float)} for name, told in found["results"].items()}
+    return [f"{name}  " + "  ".join(f"{k} {v:.4g}" for k, v in told.items()) for name, told in shown.items()]
 
 
 def push(folder: runs.RunFolder, repository: str) -> str:

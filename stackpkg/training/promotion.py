@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.stats import hypergeom
+
 from stackpkg.runs import digest, files_below, now, read_json, write_json, write_text
 from stackpkg.training import versions
 from stackpkg.training.snapshots import MANIFEST, PROMOTED, flush
 
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
 CARD = "README.md"  # where the hub looks for a model card
+WORSE = 1.02  # a loss on the same rows may be this much higher
+COUNTED = {"precision_at_k": "pairs", "recall_at_k": "pairs", "mrr": "pairs", "ndcg_at_10": "pairs",
+           "long_range_accuracy": "long_range_answers"}  # fmt: skip
+CHANCE = 0.01 / len(COUNTED)  # that one of these is refused when nothing changed (Bonferroni)
 
 
 def gate(values: Mapping[str, Any], limits: Mapping[str, tuple[str, float]]) -> list[str]:
@@ -28,6 +35,24 @@ def gate(values: Mapping[str, Any], limits: Mapping[str, tuple[str, float]]) -> 
         if not COMPARE[comparison](value, limit):  # false for NaN as well
             missed.append(f"{name} is {value:g}, must be {comparison} {limit:g}")
     return missed
+
+
+def no_worse(artifacts: Path, data: str) -> dict[str, tuple[str, float]]:
+    """Limits for `gate` that a candidate misses when it is worse than the current version; none where nothing is
+    promoted, or was measured on other rows: on another corpus than that of digest `data`."""
+    found = registry(artifacts)
+    events = [e for e in found["history"] if e["event"] == "promoted" and e["version"] == found["current"]]
+    if not events or events[-1].get("data") != data:
+        return {}
+    values = events[-1]["values"]
+    limits = {"validation_loss": ("<=", WORSE * float(values["validation_loss"]))}
+    for name, counted in COUNTED.items():
+        if n := values.get(counted):
+            least = np.arange(round(n * float(values[name])) + 1)
+            # the least x with P(X <= x) >= alpha, X of n drawn among 2n with x + k right        (Fisher 1935)
+            kept = hypergeom.cdf(least, 2 * n, least + least[-1], n) >= CHANCE
+            limits[name] = (">=", float(least[kept.argmax()] / n))
+    return limits
 
 
 def registry(artifacts: Path) -> dict[str, Any]:
@@ -55,7 +80,8 @@ def promote(
     """Copy `candidate`, a folder of `save_pretrained`, to `artifacts/<version>/` and make it current; or enter the
     refusal and its reasons. `card` is its model card; `snapshot`, the checkpoint it is of, will not be pruned.
 
-    The entry holds the measured `values`, the digest of the artifact, and the versions of its architecture and states.
+    The entry holds the measured `values`, the digests of the artifact and of the corpus that the snapshot tells, and
+    the versions of its architecture and states.
     """
     if missed:
         event = {"event": "refused", "version": version, "missed": missed, "values": values}
@@ -82,6 +108,7 @@ def promote(
         kept = read_json(marks) if marks.exists() else {}
         write_json(marks, kept | {str(read_json(snapshot / MANIFEST)["step"]): version})
     event = {"event": "promoted", "version": version, "sha256": digest(target), "values": values, "versions": told}
+    event |= {"data": read_json(snapshot / MANIFEST)["data"]} if snapshot else {}
     _enter(artifacts, event, version)
     return True
 

@@ -20,11 +20,11 @@ from stackpkg.data import curriculum
 from stackpkg.data.provenance import withdrawals_due
 from stackpkg.data.schedule import NEVER
 from stackpkg.data.stream import Stream
+from stackpkg.evaluation import epoch
 from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.evaluation.retrieval import Retriever
 from stackpkg.objectives import StepCounts, norms
 from stackpkg.params import Params
-from stackpkg.runs import write_json
 from stackpkg.telemetry import logbook
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics
@@ -243,12 +243,12 @@ class StackTrainer(Resumable):
 
     # ---- evaluation, each epoch
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        epoch = -(-self.state.global_step // self.p.training.epoch_steps)
+        number = -(-self.state.global_step // self.p.training.epoch_steps)
         report = evaluate_epoch(self.network, self.stream, self.p, self.args.device, self.ema.swapped, self.retriever)
         reshard(self.network)
-        report |= {"epoch": epoch, "step": self.state.global_step, "run": self.p.run, "attempt": self.attempt}
+        report |= {"epoch": number, "step": self.state.global_step, "run": self.p.run, "attempt": self.attempt}
         if self.rank == 0:
-            write_json(self.folder / "eval" / self.name / f"epoch_{epoch:03d}.json", report)
+            epoch.write(self.folder / "eval" / self.name / f"epoch_{number:03d}.json", report)
         if "calibration" in report["guard"]:  # tried: should it be on again, the alert must tell of the next fall
             self.guard.forget("TrainLowPrecisionAtK")
         self._decide(self.batches.next_step, report)
