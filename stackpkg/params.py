@@ -195,7 +195,7 @@ def validate(values: Mapping[str, Any]) -> Params:
         raise ValueError(f"the parameters are not valid:\n{explain(error)}") from None
 
 
-NO_PROFILES = ("alerts", "checklist", "scopes")  # that lie in params/ as well
+NO_PROFILES = ("alerts", "checklist", "kpis", "scopes")  # that lie in params/ as well
 
 
 def load(path: str | os.PathLike[str]) -> Params:

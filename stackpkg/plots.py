@@ -1,5 +1,6 @@
 """One look for every figure: set once, readable on a light and on a dark page."""
 
+import io
 from collections.abc import Mapping
 
 import matplotlib as mpl
@@ -7,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774")
@@ -30,6 +32,37 @@ def use_style() -> None:
             "font.size": 9.5,
         }
     )
+
+
+def lines(data: pd.DataFrame, title: str, target: float | None = None) -> Figure:
+    """Each column over the index, with a dotted line at `target`. Points where there are few."""
+    figure, axis = plt.subplots()
+    for name in data:
+        values = data[name].dropna()
+        axis.plot(values.index, values, "o-" if len(values) < 30 else "-", markersize=3, label=str(name))
+    if target is not None:
+        axis.axhline(target, color="crimson", linestyle=":", label=f"target {target:g}")
+    axis.set(title=title, xlabel=data.index.name or "")
+    axis.legend(fontsize="small", ncols=1 + data.shape[1] // 5)
+    return figure
+
+
+def heat(axis: Axes, table: pd.DataFrame, label: str) -> None:
+    """Rows of `table` over its columns as colours, on `axis`; `label` says what the colour is."""
+    image = axis.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest")
+    axis.set(yticks=range(len(table)), yticklabels=table.index, xlabel=table.columns.name, ylabel=table.index.name)
+    places = np.unique(np.linspace(0, table.shape[1] - 1, min(8, table.shape[1])).astype(int))
+    axis.set_xticks(places, [str(table.columns[place]) for place in places])
+    axis.grid(False)
+    plt.colorbar(image, ax=axis, label=label)
+
+
+def svg(figure: Figure) -> str:
+    """The same text for the same figure."""
+    with mpl.rc_context({"svg.hashsalt": "stackpkg"}):
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
 
 
 def flow(links: Mapping[tuple[str, str], int]) -> Figure:

@@ -23,7 +23,7 @@ MODULES = {
     for path in sorted((ROOT / "stackpkg").rglob("*.py"))
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINNED = re.compile(r"([\w.-]+)==([\w.]+)$")
+PINNED = re.compile(r"([\w.-]+)==([\w.!]+)$")
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

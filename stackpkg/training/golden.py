@@ -40,12 +40,12 @@ def profile(layout: str) -> Params:
     sizes = {} if layout == "one process" else support.LAYOUTS[layout]
     p = parity.profile("stackpkg", sizes, batch_tokens=512, epoch_steps=50, deterministic=True).model_dump(mode="json")
     rides = {"long_range": 0.25, "retrieval": 0.5, "preferences": 0.5, "conversations": 0.5}
-    p["model"]["config"] |= {"num_hidden_layers": 2}
+    p["model"]["config"] |= {"num_hidden_layers": 2, "retrieval": False}
     p["curriculum"] = [{"steps": 60, "context": 64, **rides}, {"steps": 40, "context": 128, **rides}]
     p["data"]["sources"] = [{"kind": "folder", "path": "outbox/.golden/text"}]
     p["data"] |= {"vocab_size": 400, "ttl_seconds": 10**11}  # no record ever ends
     p["auxiliary"] |= {"conversations": 32, "conversation_tokens": 192}
-    p["objectives"] |= {"preference": 0.1, "conformance": 0.1}
+    p["objectives"] |= {"preference": 0.1, "conformance": 0.1, "mined_negatives": 0}
     p["optimization"] |= {"learning_rate": 3e-3, "warmup_steps": 10, "floor": 3e-4}
     p["snapshots"] |= {"every_steps": 30}
     return params.validate(p)
