@@ -1,7 +1,7 @@
 """The reference model as an ordinary model of transformers, and `build`, which makes any model a profile names."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,10 +115,10 @@ class StackModel(StackPreTrainedModel):
             patterns = {self.config.pattern(index) for index in range(len(self.layers))}
             layouts = {name: layout(self.config, name, position_ids, x.dtype, scopes) for name in patterns}
         memory = None
-        if memory_ids is None and input_ids is not None and torch.is_grad_enabled():
+        if self.config.retrieval and memory_ids is None and input_ids is not None and torch.is_grad_enabled():
             # nothing to read, and a gradient of 0 all the same: FSDP2 with replicas (torch 2.13) can't add up what
             # forwards of one step give when some leave out parameters that others use
-            memory_ids = input_ids[:, :0]
+            memory_ids = torch.full_like(input_ids[:, :1], cast(int, self.config.pad_token_id))
         if memory_ids is not None and self.config.retrieval:
             if memory_embeds is None:
                 memory_embeds = self.memory_norm(self.embed_tokens(memory_ids))
