@@ -108,7 +108,7 @@ def trace(
     if step is None and lines:
         from stackpkg.training import snapshots
 
-        home, first = folder.path / "checkpoints" / job, int(lines[0]["step"])
+        home, first = folder.path / "checkpoints" / job, int(str(lines[0]["step"]))
         before = max((at for at in snapshots.listed(home) if at <= first), default=0)
         typer.echo(f"snapshots with it: {', '.join(snapshots.touched(home, first)) or 'none'}")
         typer.echo(f"newest checkpoint without it: {f'checkpoint-{before}' if before else 'none'}")

@@ -35,7 +35,11 @@ def panel(trend: pd.DataFrame, title: str, promoted: Mapping[str, float]) -> Fig
     snapshot had is dotted. Chance, targets and verdicts are on the pages of the epochs."""
     unit, begins = PANELS[title]
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    for name in (column for column in map(str, trend) if column.startswith(begins)):
+    for name in (
+        column
+        for column in map(str, trend)
+        if column.startswith((begins,) if isinstance(begins, str) else tuple(begins))
+    ):
         (line,) = axes.plot(trend.index, trend[name], "o-", label=name.replace("_", " "))
         if f"ema_{name}" in trend:
             axes.plot(trend.index, trend[f"ema_{name}"], "--", color=line.get_color())

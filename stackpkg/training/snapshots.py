@@ -117,7 +117,8 @@ def roll_back(home: Path, step: int) -> tuple[Path | None, list[str]]:
     if (done := home / "done.json").exists():
         aside.append(done)
         _set_aside(done, "aside")
-    return ([*listed(home).values()] or [None])[-1], [path.name for path in aside]
+    left = [*listed(home).values()]
+    return (left[-1] if left else None), [path.name for path in aside]
 
 
 def touched(home: Path, step: int) -> list[str]:
