@@ -14,8 +14,9 @@ import yaml
 from myst import badge, code, div, table, text
 from reference import api, parameters
 
-from stackpkg import runs
+from stackpkg import params, runs
 from stackpkg.governance import seal
+from stackpkg.telemetry import guard, kpis
 
 
 def duration(seconds: float | None) -> str:
@@ -180,6 +181,23 @@ def support(found: dict[str, Any]) -> str:
     return note + "\n" + table(" | ".join(["layout", *names]), rows)
 
 
+def watched() -> str:
+    """The indicators with owner and action, and the alerts with what they do, for the default profile."""
+    p = params.validate({})
+    rows = [
+        [text(kpi.name), code(kpi.formula), text(f"{kpi.comparison} {kpi.target:g}"), text(kpi.owner), text(kpi.missed),
+         f"[](runbooks/{kpi.runbook}.md)" if kpi.runbook else ""]
+        for kpi in kpis.load(p)
+    ]  # fmt: skip
+    parts = ["## Indicators\n", table("indicator | formula | target | owner | if missed | page", rows), "## Alerts\n"]
+    fired = [
+        [f"[](runbooks/{alert.name}.md)", text(alert.summary), code(alert.series), text(alert.severity),
+         text(alert.action), text(alert.seen)]
+        for alert in guard.load(p)
+    ]  # fmt: skip
+    return "\n".join([*parts, table("alert | tells | series | severity | action | seen by", fired)])
+
+
 def faults(found: dict[str, Any]) -> str:
     """What each drill did to a job, and how the job went on."""
     rows = []
@@ -218,6 +236,7 @@ def main(folder: Path) -> None:
         "parameters": parameters(),
         "support": support(runs.read_json(Path("support.json"))),
         "faults": faults(runs.read_json(Path("faults.json"))),
+        "kpis": watched(),
     }
     for name, fragment in fragments.items():
         runs.write_text(Path("generated", f"{name}.md"), fragment)
