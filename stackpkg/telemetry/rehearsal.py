@@ -15,6 +15,7 @@ from typing import Any
 from stackpkg.runs import write_json
 from stackpkg.telemetry import exporter
 from stackpkg.telemetry.guard import Alert
+from stackpkg.telemetry.live import Inbox
 from stackpkg.telemetry.rows import RowWriter
 
 CALM = {  # a run that is well
@@ -77,6 +78,28 @@ class Rehearsal:
         inside = [alert for alert in alerts if alert.seen == "job"]
         found = {alert.series: alert.drill.fault for alert in inside if alert.name != "TrainRouterEntropyHigh"}
         return {name: int(value) if isinstance(CALM.get(name), int) else value for name, value in found.items()}
+
+    def go_wrong(self, alerts: list[Alert], inbox: Inbox) -> dict[str, float]:
+        """Everything at once, then what needs that to be over; when each fault was put in, in unix seconds. Ends early
+        once `inbox` has a letter about each.
+        """
+        late = ("TrainRouterEntropyHigh", "TrainStalled", "TrainTargetAbsent")
+        at_once = [alert.name for alert in alerts if alert.name not in late]
+        found = dict.fromkeys(at_once, began := time.time())
+        self.corrupt()
+        for _ in range(20):
+            self.rows(2, self.faults(alerts), apart=True, saves=False)
+            self.fill(3)
+            if not inbox.wait(at_once, began, 0):
+                break
+        found["TrainRouterEntropyHigh"] = time.time()
+        self.rows(4, {"router_entropy": 1.0})
+        found["TrainStalled"] = time.time()  # no row comes any more
+        inbox.wait([*late[:2]], found["TrainRouterEntropyHigh"], 30)
+        found["TrainTargetAbsent"] = time.time()
+        self.exported.kill()
+        inbox.wait(["TrainTargetAbsent"], found["TrainTargetAbsent"], 30)
+        return found
 
     def close(self) -> None:
         """End the exporter and remove everything."""
