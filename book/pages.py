@@ -181,17 +181,22 @@ def support(found: dict[str, Any]) -> str:
     return note + "\n" + table(" | ".join(["layout", *names]), rows)
 
 
+def runbook(name: str) -> str:
+    """A link to the page, where the book has it."""
+    return f"[](runbooks/{name}.md)" if Path("runbooks", f"{name}.md").is_file() else text(name)
+
+
 def watched() -> str:
     """The indicators with owner and action, and the alerts with what they do, for the default profile."""
     p = params.validate({})
     rows = [
         [text(kpi.name), code(kpi.formula), text(f"{kpi.comparison} {kpi.target:g}"), text(kpi.owner), text(kpi.missed),
-         f"[](runbooks/{kpi.runbook}.md)" if kpi.runbook else ""]
+         runbook(kpi.runbook)]
         for kpi in kpis.load(p)
     ]  # fmt: skip
     parts = ["## Indicators\n", table("indicator | formula | target | owner | if missed | page", rows), "## Alerts\n"]
     fired = [
-        [f"[](runbooks/{alert.name}.md)", text(alert.summary), code(alert.series), text(alert.severity),
+        [runbook(alert.name), text(alert.summary), code(alert.series), text(alert.severity),
          text(alert.action), text(alert.seen)]
         for alert in guard.load(p)
     ]  # fmt: skip
