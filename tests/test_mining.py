@@ -28,7 +28,7 @@ def filled(steps: int, rows: int = 6) -> Recent:
     return recent
 
 
-def test_the_hardest_are_the_nearest_of_another_document() -> None:
+def test_mined_are_the_nearest_of_another_document() -> None:
     recent, query, key = filled(4), unit(3, 5, seed=99), torch.tensor([0, 13, 777])
     documents, keys = (torch.cat(parts) for parts in zip(*recent.steps, strict=True))
     found = recent.hardest(query, key, 2)
