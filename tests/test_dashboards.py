@@ -65,9 +65,9 @@ def test_a_snapshot_has_each_picture_with_its_numbers_and_its_words(tmp_path: Pa
 
 @pytest.mark.skipif(bool(live.missing()), reason="prometheus and prometheus-alertmanager are needed")
 def test_every_panel_finds_data_on_a_prometheus_that_follows_the_job(tmp_path: Path) -> None:
-    run, inbox = tmp_path / "outbox/demo", live.Inbox()
+    run, inbox = tmp_path / "outbox/demo-1.a", live.Inbox()
     write_json(run / "checkpoints/train/job.json", {})
-    writer = RowWriter(run / "telemetry/train", "demo", 1, 0, 1)
+    writer = RowWriter(run / "telemetry/train", run.name, 1, 0, 1)
     child = subprocess.Popen([sys.executable, "-m", exporter.__name__, str(run), "train"])
     text = rules.render(guard.load(P), 1.0, 10.0)
     try:
@@ -75,7 +75,7 @@ def test_every_panel_finds_data_on_a_prometheus_that_follows_the_job(tmp_path: P
             writer.write(1, **ROW)
             writer.flush()
             end = time.monotonic() + 40
-            while (left := dashboards.silent(PANELS, address, "demo")) and time.monotonic() < end:
+            while (left := dashboards.silent(PANELS, address, run.name)) and time.monotonic() < end:
                 time.sleep(1)
             assert not left, f"panels without data: {left}"
             assert dashboards.silent(PANELS, address, "another") == [panel.title for panel in PANELS]

@@ -231,7 +231,7 @@ def silent(shown: Iterable[Panel], prometheus_url: str, run: str) -> list[str]:
     """Titles of the panels whose expression gives no number for `run` on a Prometheus that is asked now."""
     missing = []
     for panel in shown:
-        asked = urlencode({"query": panel.expression.replace("$run", re.escape(run))})
+        asked = urlencode({"query": panel.expression.replace("$run", re.escape(run).replace("\\", 2 * "\\"))})
         with urlopen(f"{prometheus_url}/api/v1/query?{asked}", timeout=30) as answer:  # noqa: S310  http on loopback
             result = json.load(answer)["data"]["result"]
         missing += [panel.title] * (not result)
