@@ -100,13 +100,14 @@ class Inbox:
 
 @contextmanager
 def servers(place: Path, rules_text: str, targets: Path, hooks: dict[str, str]) -> Iterator[str]:
-    """Both servers with their files below `place`, scraping once a second what the JSON files in `targets` name, and
+    """Both servers with their files in the folder `place`, which is emptied, scraping once a second what the JSON files in `targets` name, and
     telling `hooks`. Gives Prometheus' address; both are ended at the end. Raises `RuntimeError` with the end of its log
     where one does not begin, `ValueError` where one is not installed.
     """
     if absent := missing():
         raise ValueError(f"{', '.join(absent)} is not installed; on Debian: prometheus, prometheus-alertmanager")
-    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)  # Alertmanager would not tell again what it told from there before
+    place.mkdir(parents=True)
     ports = {name: free_port() for name in PROGRAMS}
     at = {name: f"http://{HOST}:{port}" for name, port in ports.items()}
     write_text(place / "rules.yml", rules_text)

@@ -84,8 +84,8 @@ class Rehearsal:
         once `inbox` has a letter about each.
         """
         late = ("TrainRouterEntropyHigh", "TrainStalled", "TrainTargetAbsent")
-        at_once = [alert.name for alert in alerts if alert.name not in late]
-        found = dict.fromkeys(at_once, began := time.time())
+        at_once = [alert.name for alert in alerts if alert.name not in (*late, "Watchdog")]
+        found = dict.fromkeys([*at_once, "Watchdog"], began := time.time())
         self.corrupt()
         for _ in range(20):
             self.rows(2, self.faults(alerts), apart=True, saves=False)
