@@ -100,9 +100,9 @@ class Inbox:
 
 @contextmanager
 def servers(place: Path, rules_text: str, targets: Path, hooks: dict[str, str]) -> Iterator[str]:
-    """Both servers with their files in the folder `place`, which is emptied, scraping once a second what the JSON files in `targets` name, and
-    telling `hooks`. Gives Prometheus' address; both are ended at the end. Raises `RuntimeError` with the end of its log
-    where one does not begin, `ValueError` where one is not installed.
+    """Both servers with their files in the folder `place`, which is emptied, scraping once a second what the JSON files
+    in `targets` name, and telling `hooks`. Gives Prometheus' address; both are ended at the end. Raises `RuntimeError`
+    with the end of its log where one does not begin, `ValueError` where one is not installed.
     """
     if absent := missing():
         raise ValueError(f"{', '.join(absent)} is not installed; on Debian: prometheus, prometheus-alertmanager")
