@@ -154,7 +154,7 @@ def verify(folder: Path, version: str = "", sample: int = 0) -> list[str]:
 
 
 def check(folder: Path, version: str = "", spared: Collection[str] = (), blocks: int = 0) -> None:
-    """What a job does before it reads: `verify` a sample of `blocks`, by default `OPENING`, but for the names in `spared`.
+    """What a job does before it reads: `verify` a sample of `blocks`, else of `OPENING`, but for the names in `spared`.
     Raises `ValueError` that names what is missing or corrupt."""
     share = -(-(blocks or OPENING) // len(read(folder, version)["shards"]))
     if broken := [name for name in verify(folder, version, sample=share) if name not in spared]:
