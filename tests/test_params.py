@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PROFILES = sorted(
     path
     for path in (ROOT / "params").glob("*.yaml")
-    if path.name not in ("checklist.yaml", "alerts.yaml", "scopes.yaml")
+    if path.name not in ("checklist.yaml", "alerts.yaml", "kpis.yaml", "scopes.yaml")
 )
 SECTIONS = {
     name: field.annotation
