@@ -9,7 +9,14 @@ from transformers import TrainingArguments, get_scheduler
 
 from stackpkg import params
 from stackpkg.params import Optimization
-from stackpkg.training.optim import effective_beta, learning_rates, robbins_monro, training_arguments
+from stackpkg.training.optim import (
+    Adafactor,
+    effective_beta,
+    effective_betas,
+    learning_rates,
+    robbins_monro,
+    training_arguments,
+)
 
 
 def scheduled(o: Optimization, steps: int) -> list[float]:
@@ -95,6 +102,20 @@ def test_effective_beta_is_the_weight_of_the_past_in_adam(beta: float) -> None:
         # m^_t = share m^_(t-1) + (1 - share) g_t
         assert corrected == pytest.approx(share * before + (1 - share) * gradient, abs=1e-12)
     assert effective_beta(beta, 100_000) == pytest.approx(beta)
+
+
+def test_adafactor_tells_its_own_weight_of_the_past() -> None:
+    o = params.validate({"optimization": {"optimizer": "adafactor"}}).optimization
+    weight = torch.nn.Parameter(torch.zeros(3))
+    made = Adafactor([weight], lr=1e-3, scale_parameter=False, relative_step=False)
+    moment = torch.zeros(3)
+    for t, gradient in enumerate(torch.randn(20, 3, generator=torch.Generator().manual_seed(1)), start=1):
+        weight.grad = gradient
+        made.step()
+        share = effective_betas(o, t)[1]
+        moment = share * moment + (1 - share) * (gradient**2 + 1e-30)
+        torch.testing.assert_close(made.state[weight]["exp_avg_sq"], moment)
+    assert effective_betas(o, 20)[0] == 0.0 and effective_betas(o, 0) == (0.0, 0.0)
 
 
 def test_training_arguments_divide_the_batch_and_hide_no_nan(tmp_path: Path) -> None:

@@ -6,8 +6,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from stackpkg.params import Optimization, Params
+
+
+class Adafactor(transformers.Adafactor):
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 4) whose second moments lie in the pieces of their
+    parameter. That of transformers makes them plain tensors, and fails at the first sharded one (5.23).
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in (each for group in self.param_groups for each in group["params"]):
+            if parameter.grad is not None and not self.state[parameter]:
+                self.state[parameter] = {"step": 0, "RMS": 0, **_second_moments(parameter.detach())}
+        return super().step(closure)
+
+
+def _second_moments(parameter: Tensor) -> dict[str, Tensor]:
+    """Zeros: of rows [..., n] and columns [..., m] of a parameter [..., n, m], of each number of a vector. Laid out as
+    the parameter and not as its first gradient, which may lie otherwise, so that a resume adds up in the same order."""
+    if parameter.dim() < 2:
+        return {"exp_avg_sq": torch.zeros_like(parameter)}
+    return {
+        "exp_avg_sq_row": torch.zeros_like(_whole(parameter.mean(-1))),
+        "exp_avg_sq_col": torch.zeros_like(_whole(parameter.mean(-2))),
+    }
+
+
+def _whole(mean: Tensor) -> Tensor:
+    """Means of the pieces of a dimension that is cut become that of the whole dimension, on every rank."""
+    if not isinstance(mean, DTensor):
+        return mean
+    return mean.redistribute(placements=[Replicate() if each.is_partial() else each for each in mean.placements])
+
+
+def optimizer(o: Optimization) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Class and arguments for `Trainer(optimizer_cls_and_kwargs=...)`; none where transformers' own choice will do."""
+    if o.optimizer == "adamw":
+        return None
+    return Adafactor, {"lr": o.learning_rate, "scale_parameter": False, "relative_step": False}
 
 
 def training_arguments(p: Params, output: Path, steps: int) -> dict[str, Any]:
@@ -104,3 +145,12 @@ def effective_beta(beta: float, updates: int) -> float:
     Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1: with bias correction the first update sees no past at all.
     """
     return beta * (1 - beta ** (updates - 1)) / (1 - beta**updates) if updates > 0 and beta > 0 else 0.0
+
+
+def effective_betas(o: Optimization, updates: int) -> tuple[float, float]:
+    """Weight of the past in the first and the second moment after `updates` updates. Adafactor has no first moment, and
+    for its second beta2_t = 1 - t^-0.8 (arXiv 1804.04235, section 7.2).
+    """
+    if o.optimizer == "adafactor":
+        return 0.0, 1 - max(1, updates) ** -0.8
+    return effective_beta(o.betas[0], updates), effective_beta(o.betas[1], updates)

@@ -34,7 +34,7 @@ from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.faults import inject, spoilt
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.mesh import Mesh
-from stackpkg.training.optim import effective_beta
+from stackpkg.training.optim import effective_betas, optimizer
 from stackpkg.training.recovery import RollBack, Skips
 from stackpkg.training.resumable import Resumable
 from stackpkg.training.steploss import StepLoss
@@ -63,7 +63,8 @@ class StackTrainer(Resumable):
     ) -> None:
         # Trainer refuses to checkpoint a model sharded at load time (transformers 5.23); this class brings its own way.
         args.save_only_model, rows = True, StreamDataset(stream)
-        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+        made = optimizer(p.optimization)
+        super().__init__(model, args, train_dataset=rows, eval_dataset=rows, optimizer_cls_and_kwargs=made)
         args.save_only_model = False
         self.network = model  # what Trainer calls `self.model`, with a type
         self.loss_is_scaled_for_ga = True  # the composer divides by the counts of the whole step
@@ -166,7 +167,7 @@ class StackTrainer(Resumable):
 
     def _measure(self, loss: float, grad_norm: float, learning_rate: float) -> dict[str, Any]:
         seconds = time.perf_counter() - self._mark
-        step, o = self.state.global_step, self.p.optimization
+        step = self.state.global_step
         # raw terms add up over micro-batches and ranks; the loss was multiplied by the ranks for the mean of FSDP
         names = sorted(self.loss.raw[0])
         sums = torch.stack([torch.stack([micro[name] for micro in self.loss.raw]).sum() for name in names])
@@ -179,7 +180,8 @@ class StackTrainer(Resumable):
         found = norms({name.removeprefix("square_"): value for name, value in squares.items()})
         series |= {f"gradient_{name}": value for name, value in found.items()}
         self.loss.raw.clear()
-        updates, weights = step - self.skips.total, float(self.mesh.norm(self.network.parameters()))
+        betas = effective_betas(self.p.optimization, step - self.skips.total)
+        weights = float(self.mesh.norm(self.network.parameters()))
         if not math.isfinite(weights):  # where, is not seen in a gradient until that number is used
             raise RollBack(step, step)
         if step == 1 or step % self.p.training.epoch_steps == 0:
@@ -192,8 +194,8 @@ class StackTrainer(Resumable):
             "grad_norm": grad_norm,
             "weight_norm": weights,  # the same across a skip, to the last bit
             "learning_rate": learning_rate,
-            "beta1_effective": effective_beta(o.betas[0], updates),
-            "beta2_effective": effective_beta(o.betas[1], updates),
+            "beta1_effective": betas[0],
+            "beta2_effective": betas[1],
             "update_skipped": int(self._update_skipped),
             "recovery_rung": max(int(self._update_skipped), self._rung),
             "nonfinite": int(not math.isfinite(loss)) + int(not math.isfinite(grad_norm)),
