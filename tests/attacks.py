@@ -5,7 +5,6 @@ python tests/attacks.py     # does every one, writes governance/attacks.json, wh
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -19,6 +18,10 @@ from stackpkg.governance import seal, statements, terms
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, TABLE = ROOT / "governance/verify.sh", ROOT / "governance/attacks.json"
+VERIFIERS = (
+    "governance/verify.sh",
+    *(f"stackpkg/governance/{name}.py" for name in ("runlog", "seal", "statements", "terms", "tree")),
+)
 EVIDENCE, SAFETY = "evidence/40_evaluate.json", "signoffs/safety.json"
 Attack = Callable[[Path, Path], object]  # the run's folder, and the folder of keys to verify with
 ATTACKS: dict[str, tuple[Attack, str, str]] = {}  # what is done: how, the file named, the cause told
@@ -337,5 +340,5 @@ def shown(row: dict[str, list[str] | str]) -> dict[str, str]:
 
 if __name__ == "__main__":
     found = [shown(row) for row in table()]
-    runs.write_text(TABLE, json.dumps(found, indent=1) + "\n")
+    runs.write_json(TABLE, {"verifiers": {name: runs.digest(ROOT / name) for name in VERIFIERS}, "rows": found})
     sys.stdout.write(f"{len(found)} attacks, {TABLE.relative_to(ROOT)}\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from attacks import ATTACKS, EVIDENCE, ROOT, SAFETY, SCRIPT, TABLE, make, sign_all, verdicts
+from attacks import ATTACKS, EVIDENCE, ROOT, SAFETY, SCRIPT, TABLE, VERIFIERS, make, sign_all, verdicts
 
 from stackpkg import params, runs
 from stackpkg.governance import seal, statements
@@ -51,7 +51,8 @@ def test_an_attack_is_refused_by_both_verifiers_with_its_cause(run: Path, what: 
 
 def test_the_table_of_attacks_that_the_notebook_shows_is_of_these_attacks() -> None:
     """Made anew by `python tests/attacks.py`."""
-    rows = json.loads(TABLE.read_text(encoding="utf-8"))
+    rows, made_with = (runs.read_json(TABLE)[key] for key in ("rows", "verifiers"))
+    assert made_with == {name: runs.digest(ROOT / name) for name in VERIFIERS}, "run python tests/attacks.py"
     assert [row["attack"] for row in rows] == list(ATTACKS)
     for row in rows:
         _, file, cause = ATTACKS[row["attack"]]
