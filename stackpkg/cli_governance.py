@@ -1,4 +1,4 @@
-"""The commands of `stackpkg` for reviewers and for whoever takes a run over: verify, sign, push."""
+"""The commands of `stackpkg` for reviewers and for whoever takes a run over: verify, sign, archive, restore, push."""
 
 from __future__ import annotations
 
@@ -76,6 +76,64 @@ def met(
     typer.echo(f"wrote {written.name}; run the profile again, which seals the run anew")
 
 
+def archive(path: Folder) -> None:
+    """Pack a sealed run into outbox/RUN.tar.zst for cold storage; the same run gives the same bytes."""
+    from stackpkg.governance import cold
+    from stackpkg.pipeline import exclusive
+
+    folder = folder_at(path)
+    try:
+        with exclusive(folder.name):
+            written = cold.archive(folder.path)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.echo(f"wrote {written.name}, {written.stat().st_size:,} bytes, and {written.name}.sha256")
+
+
+def restore(
+    path: Annotated[Path, typer.Argument(help="a .tar.zst that archive wrote, its .sha256 beside it")],
+    to: Annotated[Path, typer.Option(help="a folder that is not there yet")],
+) -> None:
+    """Unpack an archived run and prove it: its digest, its seal, its log; then say what the sign-offs are worth today."""
+    from stackpkg.governance import cold, seal
+
+    try:
+        folder, found = cold.restore(path, to)
+    except (OSError, ValueError, RuntimeError) as error:
+        stop(error)
+    typer.echo(f"restored {folder}: every byte is what was sealed")
+    loud = seal.LOUD if seal.trust_for(folder)[1] else ""
+    typer.echo("\n".join([*found, "the sign-offs do not hold today"]) if found else f"{loud}\nVERIFIED".strip())
+
+
+def sign_weights(
+    path: Folder,
+    key: Annotated[Path, typer.Option(help="private key, PEM, elliptic curve")],
+) -> None:
+    """Sign the promoted version with the OpenSSF's model-signing (extra `signing`); no network."""
+    from stackpkg.governance import weights
+
+    try:
+        written = weights.sign(folder_at(path), key)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.echo(f"wrote {written.name}")
+
+
+def verify_weights(
+    path: Folder,
+    key: Annotated[Path, typer.Option(help="public key, PEM")],
+) -> None:
+    """Prove that the promoted version is what was signed (extra `signing`)."""
+    from stackpkg.governance import weights
+
+    try:
+        version = weights.verify(folder_at(path), key)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.secho(f"{version.name} is what was signed", fg="green")
+
+
 def lm_eval(path: Folder, tasks: Annotated[Path, typer.Option(help="a task (YAML), or a folder of them")]) -> None:
     """Tasks of lm-evaluation-harness on the promoted version (extra `lm-eval`); written to eval/lm_eval.json."""
     from stackpkg.governance import release
@@ -105,4 +163,4 @@ def push(
     typer.echo(f"{repository} at {commit} is what was promoted")
 
 
-COMMANDS = (verify, sign, met, lm_eval, push)
+COMMANDS = (verify, sign, met, archive, restore, sign_weights, verify_weights, lm_eval, push)
