@@ -16,7 +16,7 @@ from stackpkg.runs import RunFolder, root
 from stackpkg.schema import allowed
 
 app = typer.Typer(no_args_is_help=True, help="A training stack: run, inspect, sign, publish.")
-COLOUR = {"green": "green", "amber": "yellow", "red": "red"}
+COLOUR = {"green": "green", "amber": "yellow", "red": "red", "waived": "yellow"}
 
 for _command in (doctor, *incidents.COMMANDS, *cli_governance.COMMANDS):
     app.command()(_command)
@@ -105,22 +105,20 @@ def reference(
 def status(path: Folder) -> None:
     """Stages, checklist and sign-offs of a run."""
     from stackpkg import pipeline
-    from stackpkg.governance import checklist, seal
+    from stackpkg.governance import standing
 
     folder = folder_at(path)
     for stage in pipeline.stages():
         lock = pipeline.lock_of(folder, stage.name)
         error = lock.get("error", "").strip().splitlines()  # the last line of a traceback says what was raised
         typer.echo(f"{stage.name:<26} {lock['state']:<9} {lock.get('seconds', ''):>7}  {' '.join(error[-1:])[:160]}")
-    items = checklist.read(folder)
+    items, found = standing.live(folder)
     typer.echo("" if items else "\nno checklist yet: 90_sign_off writes it")
     for item in items:
         typer.secho(f"{item['id']:<3} {item['status']:<6} {item['text']}", fg=COLOUR[item["status"]])
         for reason in item["reasons"]:
             typer.echo(f"{'':11}{reason}")
-    signers, demonstration = seal.signers_for(folder.path)
-    found = seal.verify(folder.path, signers)
-    typer.echo(f"\nsign-offs: {found[0] if found else seal.LOUD if demonstration else 'valid'}")
+    typer.echo(f"\nsign-offs: {found[0] if found else standing.notice(folder) or 'valid'}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands of `stackpkg` for reviewers and for whoever takes a run over: verify, sign, push."""
+"""The commands of `stackpkg` for reviewers and for whoever takes a run over: verify, sign, archive, restore, push."""
 
 from __future__ import annotations
 
@@ -10,44 +10,128 @@ import typer
 from stackpkg.console import Folder, folder_at, stop
 
 
+Role = Annotated[str, typer.Option(help="architecture, infrastructure or safety")]
+Key = Annotated[Path, typer.Option(help="private SSH key of the reviewer")]
+Reviewer = Annotated[str, typer.Option(help="the reviewer's name in governance/allowed_signers")]
+
+
 def verify(
     path: Folder,
-    signers: Annotated[Path | None, typer.Option(help="allowed signers; default governance/allowed_signers")] = None,
+    trust: Annotated[Path | None, typer.Option(help="folder with keys and policy; default governance")] = None,
 ) -> None:
-    """Prove that no byte of the archive changed and that every role signed it; names each file that fails."""
+    """Prove that no byte of the archive changed and that every role signed it; names each file that fails, and why."""
     from stackpkg.governance import seal
 
     if not path.is_dir():
         stop(f"{path} is not a run's folder")
     try:
-        default, demonstration = seal.signers_for(path.resolve())
-        found = seal.verify(path.resolve(), signers or default)
+        default, demonstration = seal.trust_for(path.resolve())
+        found = seal.verify(path, trust or default)
     except (OSError, RuntimeError) as error:
         stop(error)
     if found:
         stop("\n".join([*found, f"NOT VERIFIED: {len(found)} problem(s)"]))
-    if demonstration and not signers:
+    if demonstration:
         typer.secho(seal.LOUD, fg="yellow", bold=True)
     typer.secho("VERIFIED", fg="green")
 
 
 def sign(
     path: Folder,
-    role: Annotated[str, typer.Option(help="architecture, infrastructure or safety")],
-    key: Annotated[Path, typer.Option(help="private SSH key of the reviewer")],
-    reviewer: Annotated[str, typer.Option(help="the reviewer's name in governance/allowed_signers")],
+    role: Role,
+    key: Key,
+    reviewer: Reviewer,
     decision: Annotated[str, typer.Option(help="approve, approve-with-conditions or reject")] = "approve",
-    condition: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+    asked: Annotated[Path | None, typer.Option("--terms", help="conditions and waivers, a YAML file")] = None,
 ) -> None:
-    """Sign the sealed run for one role."""
-    from stackpkg.governance import seal
+    """Sign the sealed run for one role, enter it in the log, and tag it in git; nothing is pushed."""
+    from stackpkg.governance import runlog, seal, terms
 
     folder = folder_at(path)
     try:
-        written = seal.sign(folder.path, role, key, reviewer, decision, tuple(condition or ()))
+        said = terms.Terms.read(asked) if asked else None
+        written = seal.sign(folder.path, role, key, reviewer, decision, said)
     except (OSError, ValueError, RuntimeError) as error:
         stop(error)
     typer.echo(f"wrote {written.name} and {written.name}.sig")
+    if not reviewer.endswith(seal.DEMONSTRATION):
+        typer.echo(runlog.tag(folder.path, role, reviewer))
+
+
+def met(
+    path: Folder,
+    condition: Annotated[str, typer.Option(help="the condition's id")],
+    text: Annotated[str, typer.Option(help="what shows that it is met")],
+    role: Role,
+    key: Key,
+    reviewer: Reviewer,
+) -> None:
+    """Sign a note that a condition without a machine check is met; the next seal of a run reads it."""
+    from stackpkg.governance import terms
+
+    try:
+        written = terms.meet(folder_at(path).path, condition, role, key, reviewer, text)
+    except (OSError, ValueError, RuntimeError) as error:
+        stop(error)
+    typer.echo(f"wrote {written.name}; run the profile again, which seals the run anew")
+
+
+def archive(path: Folder) -> None:
+    """Pack a sealed run into outbox/RUN.tar.zst for cold storage; the same run gives the same bytes."""
+    from stackpkg.governance import cold
+    from stackpkg.pipeline import exclusive
+
+    folder = folder_at(path)
+    try:
+        with exclusive(folder.name):
+            written = cold.archive(folder.path)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.echo(f"wrote {written.name}, {written.stat().st_size:,} bytes, and {written.name}.sha256")
+
+
+def restore(
+    path: Annotated[Path, typer.Argument(help="a .tar.zst that archive wrote, its .sha256 beside it")],
+    to: Annotated[Path, typer.Option(help="a folder that is not there yet")],
+) -> None:
+    """Unpack an archived run and prove it: its digest, its seal, its log; then say what the sign-offs are worth today."""
+    from stackpkg.governance import cold, seal
+
+    try:
+        folder, found = cold.restore(path, to)
+    except (OSError, ValueError, RuntimeError) as error:
+        stop(error)
+    typer.echo(f"restored {folder}: every byte is what was sealed")
+    loud = seal.LOUD if seal.trust_for(folder)[1] else ""
+    typer.echo("\n".join([*found, "the sign-offs do not hold today"]) if found else f"{loud}\nVERIFIED".strip())
+
+
+def sign_weights(
+    path: Folder,
+    key: Annotated[Path, typer.Option(help="private key, PEM, elliptic curve")],
+) -> None:
+    """Sign the promoted version with the OpenSSF's model-signing (extra `signing`); no network."""
+    from stackpkg.governance import weights
+
+    try:
+        written = weights.sign(folder_at(path), key)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.echo(f"wrote {written.name}")
+
+
+def verify_weights(
+    path: Folder,
+    key: Annotated[Path, typer.Option(help="public key, PEM")],
+) -> None:
+    """Prove that the promoted version is what was signed (extra `signing`)."""
+    from stackpkg.governance import weights
+
+    try:
+        version = weights.verify(folder_at(path), key)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.secho(f"{version.name} is what was signed", fg="green")
 
 
 def lm_eval(path: Folder, tasks: Annotated[Path, typer.Option(help="a task (YAML), or a folder of them")]) -> None:
@@ -79,4 +163,4 @@ def push(
     typer.echo(f"{repository} at {commit} is what was promoted")
 
 
-COMMANDS = (verify, sign, lm_eval, push)
+COMMANDS = (verify, sign, met, archive, restore, sign_weights, verify_weights, lm_eval, push)

@@ -1,5 +1,6 @@
 """What a person types: every answer is plain, and a wrong word ends with status 1 and never with a traceback."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -122,7 +123,7 @@ def test_status_of_a_run(run: Path) -> None:
     assert lines["10_curate_corpus"].split(maxsplit=3)[1:] == ["failed", "1.0", "AssertionError: too few"]
     assert "never ran" in lines["31_train"]
     assert "no checklist yet: 90_sign_off writes it" in done.stdout
-    assert lines["sign-offs:"].startswith("sign-offs: lock/00_check_readiness.json: added, missing or changed")
+    assert lines["sign-offs:"].startswith("sign-offs: lock/00_check_readiness.json: added since the seal")
 
 
 def test_status_shows_the_checklist_and_why_an_item_is_not_green(run: Path) -> None:
@@ -174,7 +175,7 @@ def test_verify_names_the_file_that_changed(run: Path) -> None:
     done = call("verify", run)
     assert done.exit_code == 1 and "VERIFIED" not in done.stdout
     assert done.stderr.splitlines() == [
-        "evidence/10_curate_corpus.json: added, missing or changed since the seal",
+        "evidence/10_curate_corpus.json: changed since the seal",
         "NOT VERIFIED: 1 problem(s)",
     ]
     path.write_bytes(content)
@@ -182,11 +183,11 @@ def test_verify_names_the_file_that_changed(run: Path) -> None:
 
 
 @needs_keys
-def test_verify_against_the_real_signers_refuses_a_demonstration(run: Path) -> None:
-    done = call("verify", run, "--signers", ROOT / "governance/allowed_signers")
-    assert done.exit_code == 1
+def test_verify_against_the_real_reviewers_refuses_a_demonstration(run: Path) -> None:
+    done = call("verify", run, "--trust", ROOT / "governance")
+    assert done.exit_code == 1 and "approval/policy.yaml: not the policy to verify with" in done.stderr
     for role in seal.ROLES:
-        assert f"signoffs/{role}.json: signoffs/{role}.json.sig is not {role}@demonstration.invalid's" in done.stderr
+        assert f"is not {role}@demonstration.invalid's for the role {role}" in done.stderr
 
 
 def test_verify_of_a_folder_that_is_not_there_fails(place: Path) -> None:
@@ -194,28 +195,35 @@ def test_verify_of_a_folder_that_is_not_there_fails(place: Path) -> None:
     assert done.exit_code == 1 and "none is not a run's folder" in done.stderr
 
 
-@needs_keys
-def test_a_reviewer_signs_with_a_key_of_their_own(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    keys = tmp_path_factory.mktemp("keys")
-    lines = []
-    for role in seal.ROLES:
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / role], check=True)
-        public = (keys / f"{role}.pub").read_text()
-        lines.append(f'{role}@example.org namespaces="stackpkg-readiness-{role}" {public}')
-    signers = runs.write_text(runs.root() / "governance/allowed_signers", "".join(lines))
-    for role in seal.ROLES:
-        done = call("sign", run, "--role", role, "--key", keys / role, "--reviewer", f"{role}@example.org")
-        assert (done.exit_code, done.stdout) == (0, f"wrote {role}.json and {role}.json.sig\n")
-    assert call("verify", run).stdout == "VERIFIED\n"
-    assert call("verify", run, "--signers", signers).stdout == "VERIFIED\n"
-    assert call("status", run).stdout.splitlines()[-1] == "sign-offs: valid"
+@pytest.fixture
+def reviewed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The run sealed under a policy of reviewers with keys of their own, and the folder of those keys."""
+    keys, trust, lines = tmp_path_factory.mktemp("keys"), runs.root() / "governance", []
+    for name in (*seal.ROLES, "author"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", keys / name], check=True)
+        public = (keys / f"{name}.pub").read_text()
+        lines.append(f'{name}@example.org namespaces="stackpkg-readiness-{name}" {public}')
+    policy = (ROOT / "governance/policy.yaml").read_text()
+    runs.write_text(trust / "allowed_signers", "".join(lines[:3]))
+    runs.write_text(trust / "policy.yaml", f"{policy}- {public.strip()}\n")
+    runs.write_text(trust / "revoked_keys", "")
+    shutil.rmtree(run / "signoffs")
+    assert len(seal.finish(runs.RunFolder("demo"), params.validate({"run": "demo"}))["problems"]) == 3
+    return run, keys
 
-    said = ("--role", "safety", "--key", keys / "safety", "--reviewer", "safety@example.org")
-    assert call("sign", run, *said, "--decision", "approve-with-conditions").exit_code == 1
-    done = call("sign", run, *said, "--decision", "approve-with-conditions", "--condition", "more data")
-    assert done.exit_code == 0
-    done = call("verify", run)
-    assert done.exit_code == 1 and "decision is 'approve-with-conditions', not 'approve'" in done.stderr
+
+def said(keys: Path, role: str) -> tuple[object, ...]:
+    return ("--role", role, "--key", keys / role, "--reviewer", f"{role}@example.org")
+
+
+@needs_keys
+def test_a_reviewer_signs_with_a_key_of_their_own(reviewed: tuple[Path, Path]) -> None:
+    run, keys = reviewed
+    for role in seal.ROLES:
+        done = call("sign", run, *said(keys, role))
+        assert done.stdout.startswith(f"wrote {role}.json and {role}.json.sig\nno git tag: fatal: not a git repository")
+    assert call("verify", run).stdout == "VERIFIED\n"
+    assert call("status", run).stdout.splitlines()[-1] == "sign-offs: valid"
     wrong = call("sign", run, "--role", "legal", "--key", keys / "safety", "--reviewer", "safety@example.org")
     assert (
         wrong.exit_code == 1 and "unknown role 'legal'; allowed: architecture, infrastructure, safety" in wrong.stderr
@@ -225,11 +233,57 @@ def test_a_reviewer_signs_with_a_key_of_their_own(run: Path, tmp_path_factory: p
 
 
 @needs_keys
+def test_a_sign_off_is_tagged_in_git_and_nothing_is_pushed(reviewed: tuple[Path, Path]) -> None:
+    run, keys = reviewed
+    git = ["git", "-C", str(runs.root()), "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert "no git tag: fatal: " in call("sign", run, *said(keys, "safety")).stdout, "nothing is committed yet"
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    for _ in range(2):
+        done = call("sign", run, *said(keys, "safety"))
+        name = done.stdout.splitlines()[1].split()[1].removesuffix(";")
+        assert name.startswith("signoff/demo/safety-") and "push it yourself" in done.stdout
+    told = subprocess.run([*git, "cat-file", "tag", name], capture_output=True, text=True, check=True).stdout
+    last = (run.parent / "LOG.jsonl").read_bytes().splitlines(keepends=True)[-1]
+    assert f"manifest {runs.digest(run / 'SHA256SUMS')}\nlog {hashlib.sha256(last).hexdigest()}" in told
+    assert "tagger safety@example.org <safety@example.org>" in told
+    tags = subprocess.run([*git, "tag", "--list"], capture_output=True, text=True, check=True).stdout.split()
+    assert len(tags) == 2 and name in tags
+
+
+@needs_keys
+def test_conditions_and_waivers_are_given_in_a_file(reviewed: tuple[Path, Path]) -> None:
+    run, keys = reviewed
+    for role in seal.ROLES[:2]:
+        call("sign", run, *said(keys, role))
+    runs.write_text(runs.root() / "params/checklist.yaml", (ROOT / "params/checklist.yaml").read_text())
+    asked = runs.write_text(run.parents[1] / "terms.yaml", "conditions: [{id: C1, text: look, due: 2099-01-31}]\n")
+    decided = (*said(keys, "safety"), "--decision", "approve-with-conditions")
+    assert "with 0 condition(s)" in call("sign", run, *decided).stderr
+    assert call("sign", run, *decided, "--terms", asked).exit_code == 0
+    assert call("verify", run).stdout == "VERIFIED\n"
+    note = ("--condition", "C1", "--text", "looked at it")
+    assert "asked for no condition 'C1'; it asked for: none" in call("met", run, *said(keys, "architecture"), *note).stderr
+    done = call("met", run, *said(keys, "safety"), *note)
+    assert done.exit_code == 0 and "run the profile again" in done.stdout
+    for text, told in (
+        ("conditions: [{id: C1, text: look, due: 2020-01-31}]", "the day of C1 has passed"),
+        ("conditions: [{id: C 1, text: look, due: 2099-01-31}]", "conditions.0.id"),
+        ("waivers: [{item: Z9, reason: why, expires: 2099-01-31}]", "waives Z9; items: A1, A2"),
+        ("waivers: [{item: V3, reson: why, expires: 2099-01-31}]", "waivers.0.reson"),
+        ("waivers: [{item: V3, reason: why, expires: 2099-01-31}, {item: V3, reason: x, expires: 2099-01-31}]", "twice"),
+    ):
+        asked.write_text(text)
+        done = call("sign", run, *decided, "--terms", asked)
+        assert done.exit_code == 1 and told in done.stderr, done.stderr
+
+
+@needs_keys
 def test_a_run_that_changed_since_its_seal_is_not_signed(run: Path) -> None:
     runs.write_text(run / "late.txt", "late")
     key = run.parent / ".demonstration/demo/safety"
     done = call("sign", run, "--role", "safety", "--key", key, "--reviewer", "safety@demonstration.invalid")
-    assert done.exit_code == 1 and "late.txt: added, missing or changed since the seal" in done.stderr
+    assert done.exit_code == 1 and "late.txt: added since the seal" in done.stderr
 
 
 def test_a_range_of_data_is_skipped_from_a_step_that_is_not_trained_yet(run: Path) -> None:

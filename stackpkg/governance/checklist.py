@@ -14,6 +14,8 @@ from stackpkg import runs
 from stackpkg.params import Params, Section
 from stackpkg.training.promotion import COMPARE
 
+UNSIGNED = "the sign-offs came after this list was sealed; `stackpkg status` and the book judge this line over them"
+
 
 class Check(Section):
     evidence: str  # stage whose evidence/<stage>.json holds the number
@@ -30,6 +32,7 @@ class Item(Section):
     checks: list[Check] = Field(min_length=1)
     files: list[str] = Field([])  # globs below the run; each must match, what they match is hashed
     pending: str = ""  # what is still missing: holds the item at amber
+    signed: bool = False  # waits for the sign-offs: amber in the sealed list, `standing.live` judges it over them
 
 
 def definitions() -> list[Item]:
@@ -38,9 +41,9 @@ def definitions() -> list[Item]:
     return TypeAdapter(list[Item]).validate_python(values)  # pydantic's error is a ValueError
 
 
-def _run(check: Check, folder: runs.RunFolder, p: Params) -> dict[str, Any]:
-    """The check with the number seen, and why it fails ("" if it passes)."""
-    path = folder.path / "evidence" / f"{check.evidence}.json"
+def measure(check: Check, folder: Path, p: Params) -> dict[str, Any]:
+    """The check with the number seen in a run's evidence, and why it fails ("" if it passes)."""
+    path = folder / "evidence" / f"{check.evidence}.json"
     numbers = runs.read_json(path) if path.exists() else {}
     seen, limit = numbers.get(check.value), numbers.get(check.limit, check.limit)
     if isinstance(limit, str):
@@ -54,13 +57,14 @@ def evaluate(folder: runs.RunFolder, p: Params) -> list[dict[str, Any]]:
     """Each item with its checks, the digests of its evidence, its status and the reasons for amber or red."""
     items = []
     for item in definitions():
-        checks = [_run(check, folder, p) for check in item.checks]
+        checks = [measure(check, folder.path, p) for check in item.checks]
         globs = [*(f"evidence/{check.evidence}.json" for check in item.checks), *item.files]
         found = {glob: folder.matches(glob) for glob in globs}
         failed = [check["why"] for check in checks if check["why"]] + [f"{g}: missing" for g in found if not found[g]]
         files = {str(path.relative_to(folder.path)): runs.digest(path) for paths in found.values() for path in paths}
-        status = "red" if failed else "amber" if item.pending else "green"
-        why = [*failed, item.pending] if item.pending else failed
+        pending = UNSIGNED if item.signed else item.pending
+        status = "red" if failed else "amber" if pending else "green"
+        why = [*failed, pending] if pending else failed
         items.append(item.model_dump() | {"checks": checks, "files": files, "status": status, "reasons": why})
     return items
 

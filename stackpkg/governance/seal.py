@@ -1,200 +1,197 @@
-"""Seal a run (SHA256SUMS), sign it by role (in-toto statements, SSH signatures), verify both with ssh-keygen alone."""
+"""Seal a run, sign it by role, verify both with ssh-keygen alone, and what the pipeline does when a run has ended."""
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 import re
 import shutil
-import stat
-import subprocess
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from stackpkg import params, runs
+from stackpkg.governance import runlog, statements, terms
+from stackpkg.governance.statements import DEMONSTRATION, ROLES, Trust, keygen
+from stackpkg.governance.tree import SUMS, differences, seal
 from stackpkg.schema import allowed
 
-ROLES = ("architecture", "infrastructure", "safety")
+__all__ = ["DECISIONS", "DEMONSTRATION", "LOUD", "ROLES", "demonstration_keys", "finish", "prepare", "seal", "sign", "trust_for", "verify"]
 DECISIONS = ("approve", "approve-with-conditions", "reject")
 LOUD = "DEMONSTRATION KEYS: not an approval"
-_DEMONSTRATION = "@demonstration.invalid"  # RFC 2606: a name under .invalid belongs to nobody
-_REVIEWER = re.compile(r"[A-Za-z0-9._+-]+@[A-Za-z0-9.-]+")
-_HEAD, _TAIL = "-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----"
-_MAGIC = b"SSHSIG\x00\x00\x00\x01"  # PROTOCOL.sshsig: preamble and version, which the signature itself does not cover
+POLICY = "approval/policy.yaml"
+_OTHER_POLICY = f"{POLICY}: not the policy to verify with; seal the run anew under it, or give the folder of its day"
+_SLOT = re.compile(rf"({'|'.join(ROLES)})(-[2-9])?\.json(\.sig)?")
 
 
-def _tree(folder: Path) -> tuple[str, list[str]]:
-    """The manifest of what lies below `folder` now, and what a manifest can not hold."""
-    digests, problems = {}, []
-    for parent, folders, files in os.walk(folder):
-        for path in (Path(parent) / name for name in [*folders, *files]):
-            name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                problems.append(f"{name}: a link or special file can not be sealed; put the file itself there")
-            elif not name.isprintable() or "\\" in name:
-                problems.append(f"{name!r}: rename it without a backslash or control character")
-            elif stat.S_ISREG(mode) and name != "SHA256SUMS" and not name.startswith("signoffs/"):
-                digests[name] = runs.digest(path)
-    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)), problems
-
-
-def seal(folder: Path) -> str:
-    """Write `SHA256SUMS` (coreutils format) over every file but itself and `signoffs/`; returns its SHA-256.
-
-    Any change voids the signatures, no change keeps them. Raises `ValueError` for links and names coreutils escape.
-    """
-    manifest, problems = _tree(folder)
-    if problems:
-        raise ValueError("this run can not be sealed:\n" + "\n".join(problems))
-    path = folder / "SHA256SUMS"
-    if not path.exists() or path.read_bytes() != manifest.encode():
-        runs.write_text(path, manifest)
-    return runs.digest(path)
-
-
-def _against_manifest(folder: Path) -> list[str]:
-    """One line per file in which the tree and its manifest differ."""
-    if not (folder / "SHA256SUMS").is_file():
-        return ["SHA256SUMS: missing; this run is not sealed"]
-    manifest, problems = _tree(folder)
-    raw = (folder / "SHA256SUMS").read_bytes()
-    if problems or raw == manifest.encode():
-        return problems
-    now, sealed = set(manifest.split("\n")), set(raw.decode(errors="replace").split("\n"))
-    names = sorted({line[66:] for line in now ^ sealed} - {""})
-    return [f"{name}: added, missing or changed since the seal" for name in names] or ["SHA256SUMS: lines reordered"]
-
-
-def _keygen(*arguments: str, text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    if not shutil.which("ssh-keygen"):
-        raise RuntimeError("ssh-keygen is not installed: install openssh-client (Debian) or openssh")
-    return subprocess.run(["ssh-keygen", *arguments], input=text, capture_output=True, check=False)
-
-
-def _statement(digest: str, predicate: dict[str, Any]) -> str:
-    """in-toto Statement v1 in one fixed layout, so that `governance/verify.sh` can read it line by line."""
-    statement = {
-        "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": "SHA256SUMS", "digest": {"sha256": digest}}],
-        "predicateType": "urn:stackpkg:readiness-signoff:v1",
-        "predicate": predicate,
-    }
-    return json.dumps(statement, indent=1, sort_keys=True) + "\n"
+def _slot(folder: Path, role: str, said: dict[str, Any], digest: str) -> Path:
+    """The file of this reviewer: their own, one whose statement no longer counts, or the first that is free."""
+    for name in (f"{role}.json", *(f"{role}-{n}.json" for n in range(2, 10))):
+        path = folder / "signoffs" / name
+        try:
+            there = statements.read(path, statements.SIGNOFF)
+        except (OSError, ValueError):
+            return path
+        counts = there["signed"] == digest and there["demonstration"] == said["demonstration"]
+        if not counts or there["reviewer"] == said["reviewer"]:
+            return path
+    raise ValueError(f"nine reviewers have signed for {role} already")
 
 
 def sign(
-    folder: Path, role: str, key: Path, reviewer: str, decision: str = "approve", conditions: tuple[str, ...] = ()
+    folder: Path, role: str, key: Path, reviewer: str, decision: str = "approve", asked: terms.Terms | None = None
 ) -> Path:
-    """Write `signoffs/<role>.json` and its detached SSH signature under the role's own namespace.
+    """Write `signoffs/<role>.json` and its detached SSH signature under the role's own namespace; enter it in the log.
 
-    `reviewer` is the principal of `allowed_signers`. Raises `ValueError` when the tree is not what the manifest says.
+    `reviewer` is the principal of `allowed_signers`; a second reviewer of a role gets `<role>-2.json`. Raises
+    `ValueError` when the tree is not what the manifest says, or the sealed list of conditions is not true.
     """
+    asked = asked or terms.Terms()
     for what, given, known in (("role", role, ROLES), ("decision", decision, DECISIONS)):
         if given not in known:
             raise ValueError(f"unknown {what} {given!r}; {allowed(given, known)}")
-    if not _REVIEWER.fullmatch(reviewer):
+    if not statements.REVIEWER.fullmatch(reviewer):
         raise ValueError(f"reviewer {reviewer!r} must be name@domain, as in governance/allowed_signers")
-    if bool(conditions) != (decision == DECISIONS[1]):
+    if bool(asked.conditions) != (decision == DECISIONS[1]):
         raise ValueError(
-            f"decision {decision!r} with {len(conditions)} condition(s): {DECISIONS[1]} has some, no other"
+            f"decision {decision!r} with {len(asked.conditions)} condition(s): {DECISIONS[1]} has some, no other"
         )
-    if problems := _against_manifest(folder):
+    if problems := differences(folder):
         raise ValueError("seal the run before signing it:\n" + "\n".join(problems))
-    said: dict[str, Any] = {"role": role, "reviewer": reviewer, "decision": decision, "conditions": list(conditions)}
-    said |= {"run": folder.resolve().name, "at": runs.now(), "demonstration": reviewer.endswith(_DEMONSTRATION)}
-    text = _statement(runs.digest(folder / "SHA256SUMS"), said)
-    done = _keygen("-Y", "sign", "-f", str(key), "-n", f"stackpkg-readiness-{role}", text=text.encode())
-    if done.returncode:
-        raise ValueError(f"ssh-keygen could not sign with {key}: {done.stderr.decode(errors='replace').strip()}")
-    runs.write_text(folder / f"signoffs/{role}.json.sig", done.stdout.decode())
-    return runs.write_text(folder / f"signoffs/{role}.json", text)
+    digest, demonstration = runs.digest(folder / SUMS), reviewer.endswith(DEMONSTRATION)
+    place = demonstration_keys(folder) if demonstration else runs.root() / "governance"
+    wrong = [_OTHER_POLICY] * (not _under(folder, place)) + terms.untrue(folder, Trust.read(place))
+    if wrong:
+        raise ValueError("set governance.demonstration_keys and run the profile again:\n" + "\n".join(wrong))
+    said: dict[str, Any] = {"role": role, "reviewer": reviewer, "decision": decision, "demonstration": demonstration}
+    said |= {"run": folder.resolve().name, "at": runs.now(), "conditions": asked.model_dump(mode="json")["conditions"]}
+    said["waivers"] = [waiver | {"signer": reviewer} for waiver in asked.model_dump(mode="json")["waivers"]]
+    path, text = _slot(folder, role, said, digest), statements.layout(SUMS, digest, statements.SIGNOFF, said)
+    statements.write(path, text, key, role)
+    runlog.enter(folder.resolve(), f"signoffs/{path.name}", runs.digest(path))
+    return path
 
 
-def _armoured(raw: bytes) -> bool:
-    """True for exactly the bytes ssh-keygen writes; it also reads looser forms, in which a changed byte would pass."""
-    lines = raw.decode(errors="replace").split("\n")
+def _under(folder: Path, place: Path) -> bool:
+    """True when the run was sealed under the policy of `place`."""
+    mine, theirs = folder / POLICY, place / "policy.yaml"
+    return mine.is_file() and theirs.is_file() and mine.read_bytes() == theirs.read_bytes()
+
+
+def _judged(path: Path, role: str, folder: Path, trust: Trust) -> tuple[str, list[str]]:
+    """The fingerprint of the key that signed a statement, and everything for which it does not count."""
+    name = f"signoffs/{path.name}"
+    if missing := [f"{each}: missing" for each in (name, f"{name}.sig") if not (folder / each).is_file()]:
+        return "", missing
     try:
-        blob = base64.b64decode("".join(lines[1:-2]), validate=True)
-    except ValueError:
-        return False
-    again = [_HEAD, *textwrap.wrap(base64.b64encode(blob).decode(), 70), _TAIL, ""]
-    return lines == again and blob.startswith(_MAGIC)
+        said = statements.read(path, statements.SIGNOFF)
+        late = terms.overdue(said)
+    except (ValueError, KeyError, TypeError):
+        return "", [f"{name}: not a statement in the form that signing writes"]
+    reviewer = said["reviewer"]
+    key, why = statements.signer(path, role, reviewer, trust)
+    if why:
+        return "", [f"{name}: {why}"]
+    wanted = {"demonstration": reviewer.endswith(DEMONSTRATION), "role": role, "run": folder.resolve().name}
+    problems = [f"{k} is {said.get(k)!r}, not {want!r}" for k, want in wanted.items() if said.get(k) != want]
+    if said.get("decision") not in DECISIONS[:2]:
+        problems.append(f"{reviewer} decided: {said.get('decision')}")
+    problems += late
+    if said["signed"] != runs.digest(folder / SUMS):
+        problems.append(f"signed a different manifest, another {SUMS} than this")
+    if key in trust.authors:
+        problems.append(f"signed with an author's key, {key}; whoever makes a run does not approve it")
+    return key, [f"{name}: {problem}" for problem in problems]
 
 
-def _against_signature(folder: Path, role: str, signers: Path) -> list[str]:
-    name, digest = f"signoffs/{role}.json", runs.digest(folder / "SHA256SUMS")
-    paths = [folder / name, folder / f"{name}.sig"]
-    if missing := [f"signoffs/{path.name}: missing" for path in paths if not path.is_file()]:
-        return missing
-    raw = paths[0].read_bytes()
-    try:
-        statement = json.loads(raw)
-        said, signed = statement["predicate"], statement["subject"][0]["digest"]["sha256"]
-        reviewer = said["reviewer"]
-        fixed = raw == _statement(signed, said).encode() and _REVIEWER.fullmatch(reviewer) is not None
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return [f"{name}: not a statement in the form that signing writes"]
-    arguments = ("-f", str(signers), "-I", reviewer, "-n", f"stackpkg-readiness-{role}", "-s", str(paths[1]))
-    if not (fixed and _armoured(paths[1].read_bytes())) or _keygen("-Y", "verify", *arguments, text=raw).returncode:
-        return [f"{name}: {name}.sig is not {reviewer}'s signature of it for the role {role}"]
-    wanted = {"decision": "approve", "demonstration": reviewer.endswith(_DEMONSTRATION), "role": role}
-    wanted |= {"run": folder.resolve().name}
-    wrong = [
-        f"{name}: {key} is {said.get(key)!r}, not {want!r}" for key, want in wanted.items() if said.get(key) != want
-    ]
-    return wrong + [f"SHA256SUMS: {name} signed a different manifest"] * (signed != digest)
+def _against_signatures(folder: Path, trust: Trust) -> list[str]:
+    names = sorted(path.name for path in (folder / "signoffs").glob("*"))
+    problems = [f"signoffs/{n}: not a sign-off of {', '.join(ROLES)}" for n in names if not _SLOT.fullmatch(n)]
+    used: set[str] = set()
+    for role in ROLES:
+        mine = [found for n in names if (found := _SLOT.fullmatch(n)) and found[1] == role]
+        approvals = 0
+        for name in dict.fromkeys(found[0].removesuffix(".sig") for found in mine):
+            key, wrong = _judged(folder / "signoffs" / name, role, folder, trust)
+            if key in used:
+                wrong.append(f"signoffs/{name}: signed with a key that has signed before, {key}")
+            used |= {key} - {""}
+            approvals += not wrong
+            problems += wrong
+        if approvals < trust.quorum[role]:
+            problems.append(f"signoffs/{role}.json: {approvals} of {trust.quorum[role]} approvals by {role}")
+    return problems
 
 
-def verify(folder: Path, signers: Path) -> list[str]:
-    """Every problem as `file: reason`; empty when tree, manifest and the approval of every role hold together.
+def verify(folder: Path, trusted: Path) -> list[str]:
+    """Every problem as `file: reason`; empty when tree, manifest, log, policy and the approval of every role hold.
 
-    `signers`: an OpenSSH `allowed_signers` file kept outside the run; each line binds a key to roles by `namespaces=`.
+    `trusted`: a folder outside the run with `allowed_signers` (each line binds a key to roles by `namespaces=`),
+    `policy.yaml` and `revoked_keys`; an archive can not bring its own judges.
     """
-    if not signers.is_file():
-        return [f"{signers.name}: missing, so no signature can be checked"]
-    lines = [line for line in signers.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    problems = [f"{signers.name}: a line without namespaces=" for line in lines if "namespaces=" not in line]
-    problems += _against_manifest(folder)
-    extra = {f.name for f in (folder / "signoffs").glob("*")} - {f"{r}.json{s}" for r in ROLES for s in ("", ".sig")}
-    problems += [f"signoffs/{name}: not a sign-off of {', '.join(ROLES)}" for name in sorted(extra)]
-    if (folder / "SHA256SUMS").is_file():
-        problems += [problem for role in ROLES for problem in _against_signature(folder, role, signers)]
+    trust, folder = Trust.read(trusted), folder.resolve()
+    if not trust.quorum:
+        return list(trust.problems)
+    problems = [*trust.problems, *differences(folder), *runlog.problems(folder)]
+    problems += [_OTHER_POLICY] * (not _under(folder, trusted))
+    told = (folder / terms.CONDITIONS).read_text(errors="replace") if (folder / terms.CONDITIONS).is_file() else ""
+    late = [day for day in re.findall(r'^  "open_until": "([0-9-]{10})",?$', told, re.MULTILINE) if day < terms.today()]
+    problems += [f"{terms.CONDITIONS}: a condition that was due {day} is open" for day in late]
+    if (folder / SUMS).is_file():
+        problems += _against_signatures(folder, trust)
     return problems
 
 
 def demonstration_keys(folder: Path) -> Path:
-    """Throw-away key pairs, one per role, beside the archive in `.demonstration/<run>/`; returns that folder."""
+    """Throw-away keys, one per role and one of an author, with their policy, beside the archive in
+    `.demonstration/<run>/`; returns that folder."""
     place = folder.parent / ".demonstration" / folder.name
-    if not (place / "allowed_signers").exists():
+    if not all((place / name).exists() for name in statements.TRUSTED):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True, mode=0o700)
-        lines = [f"# {LOUD}\n"]
-        for role in ROLES:
-            _keygen("-q", "-t", "ed25519", "-N", "", "-C", "demonstration", "-f", str(place / role)).check_returncode()
-            public = (place / f"{role}.pub").read_text()
-            lines.append(f'{role}{_DEMONSTRATION} namespaces="stackpkg-readiness-{role}" {public}')
-        runs.write_text(place / "allowed_signers", "".join(lines))
+        for name in (*ROLES, "author"):
+            keygen("-q", "-t", "ed25519", "-N", "", "-C", "", "-f", place / name).check_returncode()
+        public = {name: (place / f"{name}.pub").read_text().strip() for name in (*ROLES, "author")}
+        lines = [f'{role}{DEMONSTRATION} namespaces="stackpkg-readiness-{role}" {public[role]}\n' for role in ROLES]
+        quorum = "".join(f"  {role}: 1\n" for role in ROLES)
+        runs.write_text(place / "revoked_keys", f"# {LOUD}\n")
+        runs.write_text(place / "policy.yaml", f"# {LOUD}\nquorum:\n{quorum}authors:\n- {public['author']}\n")
+        runs.write_text(place / "allowed_signers", "".join([f"# {LOUD}\n", *lines]))
     return place
 
 
-def signers_for(folder: Path) -> tuple[Path, bool]:
-    """The `allowed_signers` to verify a run with, and whether its sign-offs are only demonstrations."""
+def trust_for(folder: Path) -> tuple[Path, bool]:
+    """The folder to verify a run with, and whether its sign-offs, or its seal, are only demonstrations."""
     texts = [path.read_text(errors="replace") for path in (folder / "signoffs").glob("*.json")]
-    if texts and all('"demonstration": true' in text for text in texts):
-        return folder.parent / ".demonstration" / folder.name / "allowed_signers", True
-    return runs.root() / "governance" / "allowed_signers", False
+    sealed = folder / POLICY
+    if texts:
+        demonstration = all('"demonstration": true' in text for text in texts)
+    else:
+        demonstration = sealed.is_file() and LOUD in sealed.read_text(errors="replace")
+    place = folder.parent / ".demonstration" / folder.name
+    return (place, True) if demonstration else (runs.root() / "governance", False)
+
+
+def prepare(folder: Path, place: Path, demonstration: bool) -> None:
+    """Put into a run, before its seal, the policy of `place` and the conditions that it is under."""
+    if not (place / "policy.yaml").is_file():
+        raise ValueError(f"{place} has no policy.yaml: governance/README.md tells what it says")
+    runs.write_text(folder / POLICY, (place / "policy.yaml").read_text(encoding="utf-8"))
+    terms.write(folder, Trust.read(place), demonstration)
 
 
 def finish(folder: runs.RunFolder, p: params.Params) -> dict[str, Any]:
-    """Seal a finished run; where the profile asks for it sign with demonstration keys, never over a real sign-off."""
-    digest, (signers, demonstration) = seal(folder.path), signers_for(folder.path)
-    problems, unsigned = verify(folder.path, signers), not any((folder.path / "signoffs").glob("*"))
-    if problems and (demonstration or unsigned) and p.governance.demonstration_keys:
-        place, demonstration = demonstration_keys(folder.path), True
+    """Seal a finished run; where the profile asks for it sign with demonstration keys, never over a real sign-off.
+
+    A seal that holds stays as it is. Raises `ValueError` for what can't be sealed.
+    """
+    signed = any((folder.path / "signoffs").glob("*"))
+    demonstration = p.governance.demonstration_keys and (not signed or trust_for(folder.path)[1])
+    place = demonstration_keys(folder.path) if demonstration else runs.root() / "governance"
+    if not _under(folder.path, place) or differences(folder.path):
+        prepare(folder.path, place, demonstration)
+    digest = seal(folder.path)
+    problems = verify(folder.path, place)
+    if problems and demonstration:
         for role in ROLES:
-            sign(folder.path, role, place / role, role + _DEMONSTRATION)
-        problems = verify(folder.path, place / "allowed_signers")
+            sign(folder.path, role, place / role, role + DEMONSTRATION)
+        problems = verify(folder.path, place)
     notice = LOUD if demonstration else ""
     return {"manifest_sha256": digest, "demonstration": demonstration, "notice": notice, "problems": problems}
