@@ -201,6 +201,16 @@ def weights(lab: RunFolder, name: str, part: str = "final") -> dict[str, torch.T
     return AutoModelForCausalLM.from_pretrained(lab.path / "checkpoints" / name / part).state_dict()
 
 
+def test_each_row_tells_where_the_text_of_its_batch_lies(lab: RunFolder, killed) -> None:
+    ledger, table = Ledger(lab.path, "killed"), rows.read(lab.path / "telemetry/killed")
+    tokens = [len(t) for t in table["batch_tokens"]]
+    assert tokens == [len(s) for s in table["batch_shards"]] == [len(o) for o in table["batch_offsets"]]
+    assert min(tokens) > 0 and set(table["batch_shards"].explode()) <= set(ledger.stream.corpus.names)
+    for step, each in rows.effective(table).groupby("step"):
+        read = sum(row["tokens"] for row in ledger.step(step - 1) if row["use"] in ("text", "filler"))
+        assert sum(map(sum, each["batch_tokens"])) == read, "both ranks together read the step"
+
+
 @pytest.mark.parametrize(("single", "double"), [("one", "two"), ("one_twice", "two_twice")])
 def test_two_processes_compute_what_one_does(lab: RunFolder, alone, spread, single: str, double: str) -> None:
     left, right = compared(history(lab, single)), compared(history(lab, double))

@@ -203,6 +203,7 @@ class StackTrainer(Resumable):
             "data_wait_seconds": self._data_wait,
             "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "cursor": self.stream.plan.position(step),
+            **self.stream.schedule.places(self.batches.of(step - 1)),
             **series,
             **self._probed,
         }
@@ -252,14 +253,7 @@ class StackTrainer(Resumable):
         if "calibration" in report["guard"]:  # tried: should it be on again, the alert must tell of the next fall
             self.guard.forget("TrainLowPrecisionAtK")
         self._decide(self.batches.next_step, report)
-        told = (
-            "precision_at_k",
-            "validation_loss",
-            "violations",
-            "forbidden_attention",
-            "reading_loss",
-            "reading_gain",
-        )
+        told = "precision_at_k", "validation_loss", "violations", "forbidden_attention", "reading_loss", "reading_gain"
         self._row |= {name: report[name] for name in told if name in report}
         self._row |= {f"rejected_{name}": count for name, count in report["guard"]["rejected"].items()}
         metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}
