@@ -109,9 +109,14 @@ def alone(lab: RunFolder) -> dict[str, dict[str, Any]]:
     return run(lab, one=Job(profile(1), [NAN]), one_twice=Job(profile(1, accumulation=2)))
 
 
+def told(p: Params) -> Params:
+    """Its rows go to TensorBoard besides."""
+    return p.model_copy(update={"telemetry": p.telemetry.model_copy(update={"report_to": ["tensorboard"]})})
+
+
 @pytest.fixture(scope="module")
 def spread(lab: RunFolder) -> dict[str, dict[str, Any]]:
-    return run(lab, two=Job(profile(2), [NAN])) | run(lab, two_twice=Job(profile(2, accumulation=2)))
+    return run(lab, two=Job(told(profile(2)), [NAN])) | run(lab, two_twice=Job(profile(2, accumulation=2)))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +204,26 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
 
 def weights(lab: RunFolder, name: str, part: str = "final") -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(lab.path / "checkpoints" / name / part).state_dict()
+
+
+def test_a_receiver_gets_each_row_once_beside_the_telemetry(lab: RunFolder, spread) -> None:
+    event_file_loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    files = [path for path in (lab.path / "telemetry/two.reports").rglob("*") if path.is_file()]
+    assert len(files) == 1 and "tensorboard" in files[0].parts, "rank 0 alone, and nothing elsewhere"
+    seen: dict[str, dict[int, list[float]]] = {}
+    for event in event_file_loader.EventFileLoader(str(files[0])).Load():
+        for value in event.summary.value:
+            if value.tensor.float_val:
+                seen.setdefault(value.tag, {}).setdefault(event.step, []).append(value.tensor.float_val[0])
+    mine = history(lab, "two")
+    for name in ("loss", "grad_norm", "loss_language_modelling", "validation_loss", "update_skipped"):
+        expected = mine[name].dropna() if name == "validation_loss" else mine[name]
+        points = seen[f"train/{name}"]
+        assert {step: len(values) for step, values in points.items()} == dict.fromkeys(expected.index, 1), name
+        for step, (value,) in points.items():
+            assert value == pytest.approx(expected[step], rel=1e-6, nan_ok=True)
+    assert math.isnan(mine.grad_norm[3]) and not (lab.path / "telemetry/one.reports").exists()
+    assert not [path for path in lab.path.rglob("events.out.*") if path not in files]
 
 
 def test_each_row_tells_where_the_text_of_its_batch_lies(lab: RunFolder, killed) -> None:

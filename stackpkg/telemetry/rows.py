@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from stackpkg.runs import replacing
+from stackpkg.telemetry.privacy import clean
 
 KEY = ["run", "attempt", "rank", "step"]
 FLUSH_ROWS = 8
@@ -42,7 +43,7 @@ class RowWriter:
         self._pending = 0
 
     def write(self, step: int, **series: Any) -> dict[str, Any]:
-        row = {**self._key, "step": step, "time": time.time(), **series}
+        row = {**self._key, "step": step, "time": time.time(), **clean(series)}
         self._stream.write(json.dumps(row) + "\n")
         self._pending += 1
         if self._pending >= FLUSH_ROWS:

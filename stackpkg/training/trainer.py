@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import time
@@ -25,7 +24,7 @@ from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.evaluation.retrieval import Retriever
 from stackpkg.objectives import StepCounts, norms
 from stackpkg.params import Params
-from stackpkg.telemetry import logbook
+from stackpkg.telemetry import logbook, privacy
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
@@ -36,11 +35,11 @@ from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_beta
 from stackpkg.training.recovery import RollBack, Skips
-from stackpkg.training.resumable import Resumable
+from stackpkg.training.reporting import Reporting
 from stackpkg.training.steploss import StepLoss
 
 
-class StackTrainer(Resumable):
+class StackTrainer(Reporting):
     """Stock `Trainer` loop; overridden are the loader, the loss, the clip, evaluation and checkpoints."""
 
     optimizer: Any  # set by Trainer before the first step
@@ -213,14 +212,13 @@ class StackTrainer(Resumable):
         if not self._row:
             return
         row, self._row = self.rows.write(self.state.global_step, **self._row), {}
+        self.tell(row)
         if self.rank == 0:
             step = self.state.global_step
             alerts = self.guard.observe(row)
             self._act(alerts)
-            with (self.folder / "telemetry" / f"{self.name}.alerts.jsonl").open("a", encoding="utf-8") as stream:
-                stream.writelines(
-                    json.dumps({"step": step, "attempt": self.attempt, **alert}) + "\n" for alert in alerts
-                )
+            told = ({"step": step, "attempt": self.attempt, **alert} for alert in alerts)
+            privacy.append(self.folder / "telemetry" / f"{self.name}.alerts.jsonl", told)
             if not self.faults:  # a drill's alerts are no incidents
                 good = [path.name for path in snapshots.listed(Path(str(self.args.output_dir))).values()]
                 logbook.fired(self.folder, self.name, step, self.attempt, alerts, good[-1] if good else "")
