@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
             for step in steps:
                 loss = math.nan if (attempt, step) == (1, 5) else 10.0 * attempt + step
                 batch = {"batch_shards": ["aa", "bb"], "batch_offsets": [10 * step, 0], "batch_tokens": [8, step]}
-                writer.write(step, loss=loss, **(batch if step != 3 else dict.fromkeys(batch, [])))
+                writer.write(step, loss=loss, **(batch if step != 3 else {name: [] for name in batch}))
             writer.flush()
     runs.write_json(home / "job.json", {"params": {}})
     first = {"at": "2026-11-29T08:00:00+00:00", "resumed_from": None, "record": {"seed": 17}}
@@ -65,12 +65,10 @@ def test_a_compacted_file_that_the_job_went_past_is_not_read(run: Path) -> None:
     path = rows.compact(run / "telemetry/train")
     os.utime(path, (1, 1))
     shutil.rmtree(run / "eval")
-    RowWriter(run / "telemetry/train", "demo", 3, 0, 1).write(8)
-    assert store.ask(run, "train", "SELECT max(step) FROM rows")[1] == [(7,)], "a row that is not flushed"
     writer = RowWriter(run / "telemetry/train", "demo", 3, 0, 1)
     writer.write(8)
     writer.flush()
-    assert (8,) in store.ask(run, "train", "SELECT max(step) FROM rows")[1]
+    assert store.ask(run, "train", "SELECT max(step) FROM rows")[1] == [(8,)]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,7 @@ def test_a_compacted_file_that_the_job_went_past_is_not_read(run: Path) -> None:
     ],
 )
 def test_what_is_no_question_is_refused_and_told_why(run: Path, sql: str, expected: str) -> None:
-    with pytest.raises(ValueError, match="(?s)") as caught:
+    with pytest.raises(ValueError) as caught:
         store.ask(run, "train", sql)
     assert expected in str(caught.value), str(caught.value)
 
