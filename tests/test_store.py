@@ -56,6 +56,8 @@ def test_the_tables_of_a_job(run: Path, compacted: bool) -> None:
     assert kinds == [("attempt", 0), ("attempt", 3), ("checkpoint", 3), ("rung", 5), ("alert", 5)]
     good = f"SELECT max(step) FROM events WHERE kind = 'checkpoint' AND step < ({first})"
     assert store.ask(run, "train", good)[1] == [(3,)]
+    begun = "SELECT happened, attempt FROM events WHERE kind = 'attempt' ORDER BY attempt"
+    assert store.ask(run, "train", begun)[1] == [("2026-11-29T08:00:00+00:00", 1), ("later", 2)]
     said = store.ask(run, "train", "SELECT said FROM events WHERE kind = 'alert'")[1]
     assert json.loads(said[0][0]) == {"alert": "TrainNonFinite"}
     assert store.ask(run, "train", "SELECT validation_loss, router[1].usage FROM evaluations")[1] == [("NaN", [1])]

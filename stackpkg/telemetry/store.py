@@ -21,13 +21,13 @@ TABLES = {
     "rows": "every row: a step of a rank in an attempt",
     "effective": "of each step the rows of the latest attempt",
     "batches": "of every row where the text of its batch lies: shard, first_token in it, tokens",
-    "events": "what befell the job: kind, at, step, attempt, said (JSON)",
+    "events": "what befell the job: kind, happened, step, attempt, said (JSON)",
     "evaluations": "the report of each epoch",
     "documents": "the corpus: record_id, source, domain, split, shard, first_token, tokens",
 }
 BATCHES = """SELECT run, attempt, rank, step, unnest(batch_shards) AS shard, unnest(batch_offsets) AS first_token,
     unnest(batch_tokens) AS tokens FROM rows"""
-EVENT = pa.schema([("kind", pa.string()), ("at", pa.string()), ("step", pa.int64()), ("attempt", pa.int64()),
+EVENT = pa.schema([("kind", pa.string()), ("happened", pa.string()), ("step", pa.int64()), ("attempt", pa.int64()),
                    ("said", pa.string())])  # fmt: skip
 
 
@@ -58,11 +58,12 @@ def events(run: Path, job: str) -> list[dict[str, Any]]:
     found += [{"kind": "alert"} | each for each in _lines(run / f"telemetry/{job}.alerts.jsonl")]
     for path in home.glob("checkpoint-*/complete.json"):
         at = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
-        found.append({"kind": "checkpoint", "step": int(path.parent.name.rpartition("-")[2]), "at": at})
+        found.append({"kind": "checkpoint", "step": int(path.parent.name.rpartition("-")[2]), "happened": at})
     return [_event(each) for each in sorted(found, key=lambda each: each["step"])]
 
 
 def _event(each: dict[str, Any]) -> dict[str, Any]:
+    each["happened"] = each.pop("at", each.get("happened"))  # `at` is a word of SQL
     rest = {key: value for key, value in each.items() if key not in EVENT.names}
     return {name: each.get(name) for name in EVENT.names[:-1]} | {"said": json.dumps(privacy.clean(rest))}
 
