@@ -82,6 +82,7 @@ def trace(
     from stackpkg.data import manifest
     from stackpkg.data.items import record_id
     from stackpkg.data.ledger import Ledger
+    from stackpkg.telemetry import privacy
 
     folder = folder_at(path)
     try:
@@ -95,6 +96,8 @@ def trace(
         elif step is not None:
             rows = ledger.step(step)
             sources = ledger.sources(row["record_id"] for row in rows)
+            if ledger.p.telemetry.hash_sources:
+                sources = {record: privacy.hashed(name, folder.path) for record, name in sources.items()}
             lines = [row | {"source": sources.get(row["record_id"], "")} for row in rows]
         else:
             known = 0 in ledger.stream.corpus.find([str(document)])

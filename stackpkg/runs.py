@@ -83,25 +83,26 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_json(path: Path, value: Any) -> Path:
     """Strict JSON: a non-finite number is written as the string "NaN", "Infinity" or "-Infinity", never lost."""
-    return write_text(path, json.dumps(_strict(value), indent=1, sort_keys=True, default=_plain) + "\n")
+    return write_text(path, json.dumps(strict(value), indent=1, sort_keys=True, default=_plain) + "\n")
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """A value that strict JSON can hold: what is not finite as the string "NaN", "Infinity" or "-Infinity"."""
     if isinstance(value, float) and not math.isfinite(value):
         return {True: "NaN"}.get(math.isnan(value), "Infinity" if value > 0 else "-Infinity")
     if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): strict(item) for key, item in value.items()}
+    return [strict(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:
     """Scalars of NumPy and torch as numbers, for which JSON has a form; paths and dates as text."""
     try:
-        return _strict(value.item())
+        return strict(value.item())
     except AttributeError:
         return str(value)
 

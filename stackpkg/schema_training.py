@@ -114,6 +114,12 @@ class Telemetry(Section):
     """What a job tells while it runs, beside its rows."""
 
     export: bool = Field(False, description="gauges for Prometheus on a free port of loopback, as outbox/.targets says")
+    report_to: list[Literal["tensorboard", "mlflow", "wandb", "trackio"]] = Field(
+        [], description="what `Trainer` tells each step as well, offline unless the environment says otherwise"
+    )
+    hash_sources: bool = Field(
+        False, description="sources as salted SHA-256 where provenance is told: trace, query, data cards"
+    )
 
 
 class Evaluation(Section):

@@ -1,10 +1,13 @@
 """What a person types: every answer is plain, and a wrong word ends with status 1 and never with a traceback."""
 
 import hashlib
+import json
+import math
 import re
 import shutil
 import subprocess
 import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from typer.testing import CliRunner
 from stackpkg import cli, params, pipeline, runs
 from stackpkg.data import curriculum, provenance
 from stackpkg.governance import checklist, seal
+from stackpkg.telemetry.rows import RowWriter
 
 ROOT = Path(__file__).parents[1]
 ITEM = {"id": "D1", "text": "Curate.", "status": "red", "reasons": ["10_curate_corpus: documents is 0, must be > 0"]}
@@ -309,6 +313,33 @@ def test_records_are_withdrawn_all_or_none(run: Path) -> None:
     assert done.exit_code == 0 and "this run was sealed, and is another now" in done.stdout, done.output
     told = provenance.withdrawals(run / "data/withdrawn.jsonl")
     assert set(told) == {first["record_id"], second["record_id"]} and abs(max(told.values()) - time.time()) < 60
+
+
+def test_query_answers_in_a_table_or_in_json_and_changes_nothing(run: Path) -> None:
+    assert "no telemetry rows in train/" in call("query", run, "SELECT 1").stderr
+    writer = RowWriter(run / "telemetry/train", "demo", 1, 0, 1)
+    for step in (1, 2):
+        writer.write(step, loss=math.nan if step == 2 else 1.25, note="a\nb\x1b[31m")
+    writer.flush()
+    before = {path: path.read_bytes() for path in runs.files_below(run)}
+    said = call("query", run, "SELECT step, loss, note FROM effective ORDER BY step").stdout
+    assert said.splitlines() == ["step  loss  note", "1     1.25  a b[31m", "2     nan   a b[31m"]
+    lines = call("query", run, "SELECT step, loss, [loss] AS all FROM rows ORDER BY step", "--json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 1.25, "all": [1.25]}, {"step": 2, "loss": "NaN", "all": ["NaN"]},
+    ]  # fmt: skip
+    wrong = call("query", run, "SELECT lss FROM rows")
+    assert wrong.exit_code == 1 and '"loss"' in wrong.stderr and "effective    of each step" in wrong.stderr
+    assert call("query", run, "DROP VIEW rows").exit_code == 1
+    assert {path: path.read_bytes() for path in runs.files_below(run)} == before
+
+
+def test_a_live_page_is_for_this_machine_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = call("live", run, "--address", "0.0.0.0:8000")
+    assert refused.exit_code == 1 and "is no address of this machine alone; give 127.0.0.1:PORT" in refused.stderr
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    done = call("live", run)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/ follows train; Ctrl-C ends it\n", done.stdout)
 
 
 def test_params_tells_defaults_ranges_and_meanings() -> None:

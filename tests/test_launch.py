@@ -34,6 +34,19 @@ WORKERS = {
         sys.exit(3)
     """,
     "silent": "",
+    # says what no log may hold, and writes it into its rows
+    "leaking": """
+        from stackpkg.telemetry import logbook
+        from stackpkg.telemetry.rows import RowWriter
+        said = f"[job] asked by anna.smith@firm.de with {os.environ['TRACKER_TOKEN']}, key AKIA{'Q2W3E4R5T6Y7U3I2'}"
+        print(said, flush=True)
+        rows = RowWriter(run / "telemetry" / home.name, run.name, 1, 0, 1)
+        rows.write(1, loss=1.0, note=said)
+        rows.flush()
+        logbook.add(run, "note", [said])
+        sys.stderr.write("RuntimeError: " + said)
+        (home / "done.json").write_text("{}")
+    """,
     # a rank that hangs, with a child of its own
     "sleeping": """
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -236,3 +249,29 @@ def test_what_a_rank_raised_comes_before_the_report_of_torchrun() -> None:
     assert launch.cause(log) == ": ValueError: the corpus is abc, this job began with def: roll back to it"
     assert launch.cause(["stackpkg.training.saving.SaveFailed: checkpoint-3 was not saved\n"]).endswith("not saved")
     assert launch.cause(["step 3 Error rate: 5\n"]) == launch.cause([]) == ""
+
+
+def test_what_a_job_says_of_people_and_of_secrets_stays_in_it(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKER_TOKEN", hidden := "Zx81-correct-horse")
+    start("leaking", monkeypatch, folder)
+    told = {path: path.read_text() for path in folder.path.rglob("*") if path.is_file()} | {
+        "shown": capsys.readouterr().out
+    }
+    names = {getattr(path, "name", path) for path, text in told.items() if "<email>" in text and "<secret>" in text}
+    assert names == {"log.txt", "rank-00000.jsonl", "logbook.md", "shown"}
+    for planted in ("anna.smith", hidden, "AKIAQ2W3"):
+        assert not [path for path, text in told.items() if planted in text]
+
+
+def test_a_receiver_that_is_not_installed_is_refused_before_anything_is_written(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.receivers, "find_spec", lambda name: None if name == "wandb" else True)
+    asked = params.validate(
+        {"telemetry": {"report_to": ["tensorboard", "wandb"]}, "layout": {"processes": 1, "fsdp": 1}}
+    )
+    with pytest.raises(ValueError, match=r"report_to: wandb is not installed; pip install wandb, or take it out"):
+        start("finishing", monkeypatch, folder, asked)
+    assert not (folder.path / "checkpoints").exists()

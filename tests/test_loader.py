@@ -56,6 +56,28 @@ def test_a_decision_holds_from_the_first_step_that_was_not_asked_for() -> None:
     assert next(asked) == list(stream.plan.rows_at(7))
 
 
+def test_a_row_of_telemetry_tells_where_its_text_lies() -> None:
+    stream = Stream(corpus(), profile())
+    found = stream.corpus
+    victim = str(found.records[stream.schedule.pieces(stream.plan.rows_at(15)[0])[0][0]])
+    stream.schedule.use([{"kind": "withdraw", "step": 5, "record_id": victim}])
+    for step in (3, 15):
+        told = [stream.schedule.places(reader(stream, 2, rank, 2).of(step)) for rank in (0, 1)]
+        assert all(len({len(values) for values in each.values()}) == 1 and each["batch_shards"] for each in told)
+        read = sum(sum(each["batch_tokens"]) for each in told)
+        places = {(s, o) for each in told for s, o in zip(each["batch_shards"], each["batch_offsets"], strict=True)}
+        rows = stream.plan.rows_at(stream.plan.position(step))
+        pieces = [piece for i in rows for piece in stream.schedule.pieces(i) if found.records[piece[0]] != victim]
+        assert places == {(found.names[found.shard[d]], found.offset[d] + begin) for d, begin, _ in pieces}
+        whole = sum(count for i in rows for _, _, count in stream.schedule.pieces(i))
+        assert (read == whole) == (step == 3), "what is withdrawn is not read"
+        batch = stream.batch([*rows])
+        assert read <= batch["input_ids"].size
+        shard, offset = min(places)
+        tokens = found.tokens_of(found.names.index(shard))
+        assert any((row[:3] == tokens[offset : offset + 3]).all() for row in batch["input_ids"]) or step == 15
+
+
 def test_a_loader_gives_them_as_stacked_tensors(stream: Stream) -> None:
     loader = DataLoader(StreamDataset(stream), batch_sampler=reader(stream, 2, 1, 2), collate_fn=collate)
     batches = list(loader)

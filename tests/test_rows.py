@@ -2,10 +2,14 @@
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
+import duckdb
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stackpkg.telemetry import rows
 from stackpkg.telemetry.rows import RowWriter
@@ -34,6 +38,39 @@ def test_nan_and_infinity_survive_to_parquet(tmp_path: Path) -> None:
     assert table.time.is_monotonic_increasing and not table.time.isna().any()
 
 
+def test_what_is_no_number_is_told_from_what_was_not_measured(tmp_path: Path) -> None:
+    writer = RowWriter(tmp_path / "2026-11-29", "2026-11-29", 1, 0, 1)  # a name that looks like a date
+    series = [{"late": math.nan, "kinds": [[1, math.nan], [math.inf]]}, {"late": None}, {}, {"late": 2, "more": "1e5"}]
+    for step, values in enumerate(series, start=1):
+        writer.write(step, **values)
+    writer.flush()
+    found = duckdb.read_parquet(str(rows.compact(tmp_path / "2026-11-29")))
+    assert found.project("run, isnan(late), late IS NULL, more").fetchall() == [
+        ("2026-11-29", True, False, None), ("2026-11-29", None, True, None), ("2026-11-29", None, True, None),
+        ("2026-11-29", False, False, "1e5"),
+    ]  # fmt: skip
+    (first, nan), (infinite,) = found.project("kinds").fetchall()[0][0]
+    assert first == 1 and math.isnan(nan) and infinite == math.inf
+
+
+finite = st.floats(allow_nan=False)
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(width=64), st.just(math.nan), st.just(-math.inf)), min_size=1), finite)
+def test_every_number_comes_back_from_both_forms(values: list[float | None], other: float) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "job"
+        writer = RowWriter(folder, "demo", 1, 0, 1)
+        for step, value in enumerate(values, start=1):
+            writer.write(step, value=value, other=other)
+        writer.flush()
+        lines = [json.loads(line)["value"] for line in (folder / "rank-00000.jsonl").read_text().splitlines()]
+        table = duckdb.read_parquet(str(rows.compact(folder))).project("CAST(value AS DOUBLE), other").fetchall()
+    for given_, line, (stored, beside) in zip(values, lines, table, strict=True):
+        assert repr(given_) == repr(line) and beside == other
+        assert repr(given_) == repr(stored)
+
+
 def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
     write(tmp_path, 1, 0, range(1, 5))
     path = tmp_path / "rank-00000.jsonl"
@@ -43,6 +80,10 @@ def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
     table = rows.read(tmp_path)
     assert list(zip(table.attempt, table.step, strict=True)) == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
     assert rows.missing(table, 6) == 0
+    assert len(pd.read_parquet(rows.compact(tmp_path))) == 6
+    path.write_bytes(path.read_bytes()[:-30])  # and the last line of a file that nobody wrote to again
+    assert len(rows.read(tmp_path)) == len(pd.read_parquet(rows.compact(tmp_path))) == 5
+    write(tmp_path, 3, 0, range(6, 7))
     assert json.loads(path.read_text().splitlines()[-1])["step"] == 6
 
 
@@ -102,3 +143,7 @@ def test_no_rows_are_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     with pytest.raises(FileNotFoundError, match="no telemetry rows in job/"):
         rows.read(tmp_path / "job")
+    (tmp_path / "job/rank-00000.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match="no telemetry rows in job/"):
+        rows.compact(tmp_path / "job")
+    assert not (tmp_path / "job.parquet").exists()

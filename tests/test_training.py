@@ -109,9 +109,14 @@ def alone(lab: RunFolder) -> dict[str, dict[str, Any]]:
     return run(lab, one=Job(profile(1), [NAN]), one_twice=Job(profile(1, accumulation=2)))
 
 
+def told(p: Params) -> Params:
+    """Its rows go to TensorBoard besides."""
+    return p.model_copy(update={"telemetry": p.telemetry.model_copy(update={"report_to": ["tensorboard"]})})
+
+
 @pytest.fixture(scope="module")
 def spread(lab: RunFolder) -> dict[str, dict[str, Any]]:
-    return run(lab, two=Job(profile(2), [NAN])) | run(lab, two_twice=Job(profile(2, accumulation=2)))
+    return run(lab, two=Job(told(profile(2)), [NAN])) | run(lab, two_twice=Job(profile(2, accumulation=2)))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +204,36 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
 
 def weights(lab: RunFolder, name: str, part: str = "final") -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(lab.path / "checkpoints" / name / part).state_dict()
+
+
+def test_a_receiver_gets_each_row_once_beside_the_telemetry(lab: RunFolder, spread) -> None:
+    event_file_loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    files = [path for path in (lab.path / "telemetry/two.reports").rglob("*") if path.is_file()]
+    assert len(files) == 1 and "tensorboard" in files[0].parts, "rank 0 alone, and nothing elsewhere"
+    seen: dict[str, dict[int, list[float]]] = {}
+    for event in event_file_loader.EventFileLoader(str(files[0])).Load():
+        for value in event.summary.value:
+            if value.tensor.float_val:
+                seen.setdefault(value.tag, {}).setdefault(event.step, []).append(value.tensor.float_val[0])
+    mine = history(lab, "two")
+    for name in ("loss", "grad_norm", "loss_language_modelling", "validation_loss", "update_skipped"):
+        expected = mine[name].dropna() if name == "validation_loss" else mine[name]
+        points = seen[f"train/{name}"]
+        assert {step: len(values) for step, values in points.items()} == dict.fromkeys(expected.index, 1), name
+        for step, (value,) in points.items():
+            assert value == pytest.approx(expected[step], rel=1e-6, nan_ok=True)
+    assert math.isnan(mine.grad_norm[3]) and not (lab.path / "telemetry/one.reports").exists()
+    assert not [path for path in lab.path.rglob("events.out.*") if path not in files]
+
+
+def test_each_row_tells_where_the_text_of_its_batch_lies(lab: RunFolder, killed) -> None:
+    ledger, table = Ledger(lab.path, "killed"), rows.read(lab.path / "telemetry/killed")
+    tokens = [len(t) for t in table["batch_tokens"]]
+    assert tokens == [len(s) for s in table["batch_shards"]] == [len(o) for o in table["batch_offsets"]]
+    assert min(tokens) > 0 and set(table["batch_shards"].explode()) <= set(ledger.stream.corpus.names)
+    for step, each in rows.effective(table).groupby("step"):
+        read = sum(row["tokens"] for row in ledger.step(step - 1) if row["use"] in ("text", "filler"))
+        assert sum(map(sum, each["batch_tokens"])) == read, "both ranks together read the step"
 
 
 @pytest.mark.parametrize(("single", "double"), [("one", "two"), ("one_twice", "two_twice")])

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -115,6 +115,16 @@ class Schedule:
         rows = epochs.whole if epoch >= 0 else epochs.rest
         found = rows.row(self.order(len(rows), row.lane, row.stage, epoch)[place])
         return [(int(d), 0, int(self.corpus.tokens[d])) for d in found]
+
+    def places(self, batches: Iterable[Iterable[int]]) -> dict[str, list[Any]]:
+        """Where the text of micro-batches lies, a value per document that was read: `batch_shards`; `batch_offsets` in
+        it and `batch_tokens`, in tokens."""
+        read = [piece for rows in batches for i in rows for piece in self.pieces(i) if self.gone[piece[0]] > i]
+        return {
+            "batch_shards": [self.corpus.names[self.corpus.shard[d]] for d, _, _ in read],
+            "batch_offsets": [int(self.corpus.offset[d]) + begin for d, begin, _ in read],
+            "batch_tokens": [count for _, _, count in read],
+        }
 
     def filler(self, split: str, ordinal: int, context: int) -> list[Piece]:
         """Running text of `context` tokens: documents of a split from a random one on, the last cut to size."""

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from stackpkg import runs
 from stackpkg.data import manifest, provenance
 from stackpkg.params import Params
+from stackpkg.telemetry import privacy
 
 STATED = [
     "source", "licence", "domain", "language", "timestamp", "ttl_seconds", "trust", "hash_status",
@@ -56,6 +57,9 @@ def facts(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
     last = pd.Series(provenance.expiry(table, p.data)).agg(["min", "max"]).clip(upper=LATEST)
     named = table.to_pandas().fillna({"language": ""})
     named["source"] = named["source"].str.split("/").str[0].str.split("#").str[0]
+    if p.telemetry.hash_sources:
+        told = {name: privacy.hashed(name, folder.path) for name in named["source"].unique()}
+        named["source"] = named["source"].map(told)
     named = named.replace({"licence": {"": "unknown"}, "language": {"": "not told"}})
     tables = {key: named.groupby(key)["trust"].agg(["size"]).reset_index() for key in STATED[:4]}
     pages = [

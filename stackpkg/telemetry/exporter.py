@@ -36,16 +36,17 @@ REST, SHARE = 5.0, 100  # seconds between two passes at least, and as many times
 
 
 class Rows:
-    """The whole lines that were added to the row files of a job since it was asked last."""
+    """The whole lines that were added to the row files of a job since it was asked last; at first the last `tail`
+    bytes of each, or all."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._read = folder, dict[Path, int]()
+    def __init__(self, folder: Path, tail: int | None = TAIL) -> None:
+        self.folder, self.tail, self._read = folder, tail, dict[Path, int]()
 
     def added(self) -> list[dict[str, Any]]:
         found = []
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             size = path.stat().st_size
-            start = self._read.get(path, max(0, size - TAIL))
+            start = self._read.get(path, 0 if self.tail is None else max(0, size - self.tail))
             start = start if start <= size else 0  # another job of this name began
             with path.open("rb") as stream:
                 stream.seek(start)

@@ -20,6 +20,7 @@ import yaml
 
 from stackpkg.runs import write_text
 from stackpkg.telemetry import rules
+from stackpkg.telemetry.privacy import clean
 
 HOST = "127.0.0.1"
 PROGRAMS = {"prometheus": ("prometheus",), "alertmanager": ("prometheus-alertmanager", "alertmanager")}
@@ -56,11 +57,11 @@ class Inbox:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 for alert in body["alerts"]:
                     labels, notes = alert["labels"], alert["annotations"]
-                    inbox.letters.append({
+                    inbox.letters.append(clean({
                         "receiver": self.path.strip("/"), "alert": labels["alertname"], "status": alert["status"],
                         "severity": labels["severity"], "run": labels.get("run", ""), "job": labels.get("job", ""),
                         "runbook": notes["runbook_url"], "summary": notes["summary"], "received": time.time(),
-                    })  # fmt: skip
+                    }))  # fmt: skip
                 self.send_response(204)
                 self.end_headers()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stackpkg.runs import now
+from stackpkg.telemetry.privacy import clean
 
 FILE = "logbook.md"
 OPEN = ("Looked, who and when", "Found", "Done, command by command", "Lost, in steps and hours", "What remains")
@@ -19,7 +20,7 @@ def add(run: Path, title: str, lines: Iterable[str]) -> Path:
     with (run / FILE).open("a", encoding="utf-8") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         head = "" if stream.tell() else f"# Logbook of {run.name}\n"
-        stream.write(f"{head}\n## {now()} {title}\n\n" + "".join(f"{line}\n" for line in lines))
+        stream.write(f"{head}\n## {now()} {clean(title)}\n\n" + "".join(f"{clean(line)}\n" for line in lines))
         stream.flush()
         os.fsync(stream.fileno())
     return run / FILE

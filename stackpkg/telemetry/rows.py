@@ -10,12 +10,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from stackpkg.runs import replacing
+from stackpkg.telemetry.privacy import clean
 
 KEY = ["run", "attempt", "rank", "step"]
 FLUSH_ROWS = 8
+# The history that counts, of a table `rows`: of each step the rows of the latest attempt; of a row that an attempt
+# wrote twice, the later.
+EFFECTIVE = """
+SELECT * FROM rows
+QUALIFY attempt = max(attempt) OVER (PARTITION BY run, step)
+    AND row_number() OVER (PARTITION BY run, attempt, rank, step ORDER BY time DESC) = 1
+"""
 
 
 class RowWriter:
@@ -32,7 +43,7 @@ class RowWriter:
         self._pending = 0
 
     def write(self, step: int, **series: Any) -> dict[str, Any]:
-        row = {**self._key, "step": step, "time": time.time(), **series}
+        row = {**self._key, "step": step, "time": time.time(), **clean(series)}
         self._stream.write(json.dumps(row) + "\n")
         self._pending += 1
         if self._pending >= FLUSH_ROWS:
@@ -59,9 +70,13 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def effective(rows: pd.DataFrame) -> pd.DataFrame:
-    """The history that counts: of each step the rows of the latest attempt."""
-    latest = rows.groupby(["run", "step"])["attempt"].transform("max")
-    return rows[rows["attempt"] == latest].sort_values(KEY).drop_duplicates(KEY, keep="last", ignore_index=True)
+    """The history that counts (`EFFECTIVE`), in key order."""
+    keys = pa.Table.from_pandas(rows[[*KEY, "time"]], preserve_index=False)
+    with duckdb.connect() as database:
+        database.register("rows", keys.append_column("place", pa.array(np.arange(len(rows)))))
+        found = database.sql(f"SELECT place FROM ({EFFECTIVE}) ORDER BY {', '.join(KEY)}")  # noqa: S608  constants
+        places = found.fetchnumpy()["place"]
+    return rows.iloc[places].reset_index(drop=True)
 
 
 def missing(rows: pd.DataFrame, steps: int) -> int:
@@ -72,9 +87,21 @@ def missing(rows: pd.DataFrame, steps: int) -> int:
     return sum(int(ranks.get(step, rows["ranks"].max())) - int(have.get(step, 0)) for step in range(1, steps + 1))
 
 
+def lines(folder: Path) -> str:
+    """SQL that reads the row files of a job: types by all values, no row of a torn line. Raises `FileNotFoundError`
+    when there are none."""
+    files = [str(path) for path in sorted(folder.glob("rank-*.jsonl")) if path.stat().st_size]
+    if not files:
+        raise FileNotFoundError(f"no telemetry rows in {folder.name}/: the launch that writes them did not run")
+    options = "format='newline_delimited', ignore_errors=true, union_by_name=true, sample_size=-1"
+    listed = ", ".join("'" + name.replace("'", "''") + "'" for name in files)
+    read = f"SELECT * REPLACE (CAST(run AS VARCHAR) AS run) FROM read_json([{listed}], {options})"  # noqa: S608
+    return f"{read} WHERE step IS NOT NULL ORDER BY {', '.join(KEY)}"
+
+
 def compact(folder: Path) -> Path:
-    """Write `folder`.parquet with every row; returns its path."""
+    """Write `folder`.parquet with every row, NaN as NaN and what was not measured as null; returns its path."""
     target = folder.with_suffix(".parquet")
-    with replacing(target) as temporary:
-        read(folder).to_parquet(temporary, index=False)
+    with replacing(target) as temporary, duckdb.connect() as database:
+        database.sql(lines(folder)).write_parquet(str(temporary), compression="zstd")
     return target

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from stackpkg.telemetry.guard import WINDOW, Alert
+from stackpkg.telemetry.privacy import clean
 
 RECEIVERS = {"critical": "page", "warning": "ticket", "info": "deadman"}  # by severity
 SIGN = {"above": ">", "below": "<"}
@@ -43,8 +44,8 @@ def render(alerts: list[Alert], step_seconds: float, evaluation_seconds: float) 
         wait = math.ceil((alert.hold - 1) * lasts[alert.per])
         notes = {"summary": "{{ $labels.run }}: " + alert.summary, "runbook_url": f"runbooks/{alert.name}.html"}
         labels = {"severity": alert.severity, "action": alert.action}
-        rule = {"alert": alert.name, "expr": expression(alert, step_seconds), "for": f"{wait}s", "labels": labels}
-        rules.append(rule | {"annotations": notes})
+        rule = {"alert": alert.name, "expr": expression(alert, step_seconds), "for": f"{wait}s"}
+        rules.append(rule | clean({"labels": labels, "annotations": notes}))
     return yaml.safe_dump({"groups": [{"name": "training", "rules": rules}]}, sort_keys=False, width=1000)
 
 

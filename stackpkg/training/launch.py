@@ -18,7 +18,9 @@ from typing import Any
 
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_json
+from stackpkg.telemetry import receivers
 from stackpkg.telemetry.exporter import target
+from stackpkg.telemetry.privacy import clean
 from stackpkg.training import clusters, support
 from stackpkg.training.stop import Stopped, killed, stopped
 
@@ -104,11 +106,12 @@ def launch(
     With `cluster.scheduler` it is submitted and followed; a call made anew follows it again. Without, on several nodes,
     the first call describes the job and raises `ValueError` with the command for every node; once the cluster has
     finished it, the same call returns its report.
-    Raises `ValueError` for a layout that was not tested with the model (`support`),
-    `Stopped` with the reason when the job obeyed its stop file, `RuntimeError` with the end of the log when it
-    fails, `TimeoutError` past `layout.timeout_minutes`.
+    Raises `ValueError` for a layout that was not tested with the model (`support`), and for a receiver that is not
+    installed, `Stopped` with the reason when the job obeyed its stop file, `RuntimeError` with the end of the log when
+    it fails, `TimeoutError` past `layout.timeout_minutes`.
     """
     support.check(p)
+    receivers.check(p)
     if why := killed(folder.path / "checkpoints" / name):
         raise ValueError(why)
     spec = describe(name, p, folder, steps or p.max_steps, faults)
@@ -197,7 +200,7 @@ def _stream(arguments: list[str], log: Path, p: Params, shown: str) -> None:
     try:
         with log.open("a", encoding="utf-8") as record:
             for line in process.stdout or ():
-                line = portable(line)
+                line = clean(portable(line))
                 record.write(line)
                 lines.append(line)
                 if shown and line.startswith(shown):

@@ -44,12 +44,15 @@ class RankBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start(), self.steps):
-            self.next_step, plan = step + 1, self.stream.plan
-            rows = plan.rows_at(plan.position(step))
-            size = len(rows) // (self.accumulation * self.ranks)
-            for micro in range(self.accumulation):
-                first = (micro * self.ranks + self.rank) * size
-                yield list(rows[first : first + size])
+            self.next_step = step + 1
+            yield from self.of(step)
+
+    def of(self, step: int) -> list[list[int]]:
+        """The rows of each micro-batch of optimiser step `step`, from 0."""
+        rows = self.stream.plan.rows_at(self.stream.plan.position(step))
+        size = len(rows) // (self.accumulation * self.ranks)
+        starts = [(micro * self.ranks + self.rank) * size for micro in range(self.accumulation)]
+        return [list(rows[first : first + size]) for first in starts]
 
 
 class Timed(Iterator[Any]):

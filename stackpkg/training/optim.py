@@ -85,7 +85,8 @@ def training_arguments(p: Params, output: Path, steps: int) -> dict[str, Any]:
         # The default hides a NaN: it logs the running average in its place (transformers 5.23).
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": list(p.telemetry.report_to) or "none",
+        "run_name": f"{p.run}: {output.name}",
         "seed": p.seed,
     }
 

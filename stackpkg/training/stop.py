@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stackpkg.runs import read_json, write_json, write_text
+from stackpkg.telemetry.privacy import clean
 
 FILE, SAVE, KILL, PREEMPTED = "stop", "save", "kill", "preempted"
 
@@ -23,7 +24,7 @@ class Stopped(RuntimeError):
 
 def request(home: Path, reason: str) -> Path:
     """Ask the job whose folder is `home` to end after its present step. A job in its last step just finishes."""
-    return write_text(home / FILE, reason)
+    return write_text(home / FILE, clean(reason))
 
 
 def ask_save(home: Path) -> Path:
@@ -33,7 +34,7 @@ def ask_save(home: Path) -> Path:
 
 def kill(home: Path, reason: str) -> Path:
     """End every rank of the job now, and let none begin again until the file that is returned is removed."""
-    return write_text(home / KILL, reason)
+    return write_text(home / KILL, clean(reason))
 
 
 def killed(home: Path) -> str:

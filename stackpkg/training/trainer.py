@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import time
@@ -25,7 +24,7 @@ from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.evaluation.retrieval import Retriever
 from stackpkg.objectives import StepCounts, norms
 from stackpkg.params import Params
-from stackpkg.telemetry import logbook
+from stackpkg.telemetry import logbook, privacy
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
@@ -36,11 +35,11 @@ from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import effective_betas, optimizer
 from stackpkg.training.recovery import RollBack, Skips
-from stackpkg.training.resumable import Resumable
+from stackpkg.training.reporting import Reporting
 from stackpkg.training.steploss import StepLoss
 
 
-class StackTrainer(Resumable):
+class StackTrainer(Reporting):
     """Stock `Trainer` loop; overridden are the loader, the loss, the clip, evaluation and checkpoints."""
 
     optimizer: Any  # set by Trainer before the first step
@@ -205,6 +204,7 @@ class StackTrainer(Resumable):
             "data_wait_seconds": self._data_wait,
             "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "cursor": self.stream.plan.position(step),
+            **self.stream.schedule.places(self.batches.of(step - 1)),
             **series,
             **self._probed,
         }
@@ -214,14 +214,13 @@ class StackTrainer(Resumable):
         if not self._row:
             return
         row, self._row = self.rows.write(self.state.global_step, **self._row), {}
+        self.tell(row)
         if self.rank == 0:
             step = self.state.global_step
             alerts = self.guard.observe(row)
             self._act(alerts)
-            with (self.folder / "telemetry" / f"{self.name}.alerts.jsonl").open("a", encoding="utf-8") as stream:
-                stream.writelines(
-                    json.dumps({"step": step, "attempt": self.attempt, **alert}) + "\n" for alert in alerts
-                )
+            told = ({"step": step, "attempt": self.attempt, **alert} for alert in alerts)
+            privacy.append(self.folder / "telemetry" / f"{self.name}.alerts.jsonl", told)
             if not self.faults:  # a drill's alerts are no incidents
                 good = [path.name for path in snapshots.listed(Path(str(self.args.output_dir))).values()]
                 logbook.fired(self.folder, self.name, step, self.attempt, alerts, good[-1] if good else "")
@@ -254,14 +253,7 @@ class StackTrainer(Resumable):
         if "calibration" in report["guard"]:  # tried: should it be on again, the alert must tell of the next fall
             self.guard.forget("TrainLowPrecisionAtK")
         self._decide(self.batches.next_step, report)
-        told = (
-            "precision_at_k",
-            "validation_loss",
-            "violations",
-            "forbidden_attention",
-            "reading_loss",
-            "reading_gain",
-        )
+        told = "precision_at_k", "validation_loss", "violations", "forbidden_attention", "reading_loss", "reading_gain"
         self._row |= {name: report[name] for name in told if name in report}
         self._row |= {f"rejected_{name}": count for name, count in report["guard"]["rejected"].items()}
         metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}

@@ -21,7 +21,7 @@ from stackpkg.data.provenance import passed_over
 from stackpkg.data.stream import Stream
 from stackpkg.params import Params
 from stackpkg.runs import now, read_json, write_json
-from stackpkg.telemetry import rows
+from stackpkg.telemetry import receivers, rows
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import attempts, hang, layout, recovery, stop
@@ -106,6 +106,7 @@ def _attempt(
     dist.barrier()
     enable_full_determinism(p.seed) if p.training.deterministic else set_seed(p.seed)
     model = layout.load_sharded(initial, p)
+    receivers.settle(p, folder, job["name"])
     arguments = TrainingArguments(**training_arguments(p, home, job["steps"]), use_cpu=not torch.cuda.is_available())
     trainer = StackTrainer(
         model=model,

@@ -1,0 +1,31 @@
+"""What `telemetry.report_to` may name: installed or refused, and offline unless the environment says otherwise."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from stackpkg.params import Params
+
+LOCAL = {"WANDB_MODE": "offline", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def check(p: Params) -> None:
+    """Raises `ValueError` for a receiver that is not installed."""
+    if missing := [name for name in p.telemetry.report_to if not find_spec(name)]:
+        names = ", ".join(missing)
+        raise ValueError(f"telemetry.report_to: {names} is not installed; pip install {names}, or take it out")
+
+
+def settle(p: Params, run: Path, job: str) -> None:
+    """Before the callbacks are made: each receiver writes below `telemetry/<job>.reports` of the run, where the
+    environment does not name another place."""
+    if not p.telemetry.report_to:
+        return
+    place = run / "telemetry" / f"{job}.reports"
+    homes = {"TENSORBOARD_LOGGING_DIR": place / "tensorboard", "WANDB_DIR": place, "TRACKIO_DIR": place / "trackio"}
+    homes["MLFLOW_TRACKING_URI"] = f"sqlite:///{place / 'mlflow.db'}"
+    place.mkdir(parents=True, exist_ok=True)
+    for name, value in (LOCAL | homes).items():
+        os.environ.setdefault(name, str(value))
