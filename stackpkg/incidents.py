@@ -11,6 +11,7 @@ import typer
 
 from stackpkg.console import Folder, Job, folder_at, stop
 
+FIRST = "end it first, stackpkg halt --wait; nothing was changed"
 WHOLE = "Give a record id, or the whole source that it was read from"
 
 
@@ -79,7 +80,6 @@ def trace(
     """From a step to its documents, from a document or a shard to its steps, and to the snapshots that hold it."""
     if (step, document, shard).count(None) != 2:
         stop("give one of --step, --document and --shard")
-    from stackpkg.data import manifest
     from stackpkg.data.items import record_id
     from stackpkg.data.ledger import Ledger
 
@@ -87,11 +87,11 @@ def trace(
     try:
         ledger = Ledger(folder.path, job)
         if shard is not None:
-            blocks = manifest.damaged(ledger.stream.corpus.folder, shard)
-            typer.echo(
-                f"damaged blocks: {', '.join(map(str, blocks))}" if blocks else "no damaged copy; the whole shard"
-            )
-            lines = [{"step": found, "use": "first read"} for found in ledger.shard(shard, blocks)[:1]]
+            first, blocks, tokens = ledger.damage(shard)
+            exact = f"; damaged tokens: {len(tokens)}" if len(tokens) else ""
+            seen = f"damaged blocks: {', '.join(map(str, blocks))}{exact}"
+            typer.echo(seen if blocks else "no damaged copy; the whole shard")
+            lines = [{"step": first, "use": "first read"}] if first is not None else []
         elif step is not None:
             rows = ledger.step(step)
             sources = ledger.sources(row["record_id"] for row in rows)
@@ -181,6 +181,7 @@ def halt(
     path: Folder,
     reason: Annotated[str, typer.Option(help="kept with the attempt")],
     now: Annotated[bool, typer.Option("--now", help="kill it: without a checkpoint, for good")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="return when nothing of it runs any more")] = False,
     job: Job = "train",
 ) -> None:
     """Ask a running job to save and end after its present step; launched again, it goes on from there."""
@@ -190,8 +191,31 @@ def halt(
     if now:
         stopping.kill(home, reason)
         typer.echo(f"every rank ends within seconds; {stopping.killed(home)}")
-        return
-    typer.echo(f"{stopping.request(home, reason).name} file written; the job ends after its present step")
+    else:
+        typer.echo(f"{stopping.request(home, reason).name} file written; the job ends after its present step")
+    if wait:
+        _await(home)
+
+
+def _await(home: Path) -> None:
+    """Until nothing of the job runs and, when it stopped, its pipeline has ended too."""
+    from stackpkg import pipeline
+    from stackpkg.training import running
+    from stackpkg.training import stop as stopping
+
+    while running.runs(home):
+        time.sleep(1)
+    end = stopping.stopped(home)
+    while end:
+        try:
+            with pipeline.exclusive(home.parents[1].name):
+                break
+        except BlockingIOError:  # it keeps the executed copy
+            time.sleep(1)
+    typer.echo(f"nothing of it runs; its last attempt {f'stopped: {end}' if end else 'was not stopped'}")
+    if (left := home / stopping.FILE).exists():
+        left.unlink()
+        typer.echo("it ended without looking: the stop file is removed, or the next launch would obey it")
 
 
 def save(path: Folder, job: Job = "train") -> None:
@@ -207,9 +231,14 @@ def rollback(
     job: Job = "train",
 ) -> None:
     """Let a job that is not running go on from an earlier checkpoint: later ones are set aside, none is deleted."""
-    from stackpkg.training import snapshots
+    from stackpkg.training import running, snapshots
 
-    good, aside = snapshots.roll_back(home_at(path, job), step)
+    home = home_at(path, job)
+    try:
+        with running.idle(home):
+            good, aside = snapshots.roll_back(home, step)
+    except BlockingIOError as error:
+        stop(f"{error}; {FIRST}")
     typer.echo(f"set aside: {', '.join(aside) or 'nothing'}\nit goes on from {good.name if good else 'the start'}")
 
 
@@ -221,12 +250,16 @@ def skip(
 ) -> None:
     """Pass over a range of data when a stopped training job goes on; recorded, so that every resume repeats it."""
     from stackpkg.data import curriculum
+    from stackpkg.training import running, snapshots
 
     home = home_at(path, job)
-    late = max((int(c.name[11:]) for c in home.glob("checkpoint-*") if c.name[11:].isdigit()), default=0)
-    if late > step:
+    if late := max((at for at in snapshots.listed(home) if at > step), default=0):
         stop(f"checkpoint-{late} has trained past step {step}: set it aside first, stackpkg rollback --step {step}")
-    curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
+    try:
+        with running.idle(home):
+            curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
+    except BlockingIOError as error:
+        stop(f"{error}; {FIRST}")
     typer.echo(f"from step {step} on, {steps} steps of data are passed over; run the profile again to go on")
 
 

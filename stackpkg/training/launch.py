@@ -19,7 +19,7 @@ from typing import Any
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_json
 from stackpkg.telemetry.exporter import target
-from stackpkg.training import clusters, support
+from stackpkg.training import clusters, running, support
 from stackpkg.training.stop import Stopped, killed, stopped
 
 TETHER, WORKER, EXPORTER = (f"stackpkg.{name}" for name in ("training.tether", "training.worker", "telemetry.exporter"))
@@ -137,10 +137,10 @@ def launch(
                 f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository, with HEAD_NODE "
                 f"the first of them: {' '.join(shown)}"
             )
-        with _exported(name, p, folder):
+        with running.hold(home), _exported(name, p, folder):
             clusters.follow(p, name, home, shown)
     else:
-        with _exported(name, p, folder):
+        with running.hold(home), _exported(name, p, folder):
             _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
     if done.exists() or stopped(home):
         target(folder.path, name).unlink(missing_ok=True)  # nobody is to miss it
