@@ -12,7 +12,8 @@ import typer
 from stackpkg.console import Folder, Job, folder_at, stop
 
 FIRST = "end it first, stackpkg halt --wait; nothing was changed"
-WHOLE = "Give a record id, or the whole source that it was read from"
+RECORD = "a record id, its source, or the beginning of sources and a *"
+WHOLE = f"Give {RECORD}"
 
 
 def home_at(path: Path, job: str) -> Path:
@@ -73,14 +74,15 @@ def rows(
 def trace(
     path: Folder,
     step: Annotated[int | None, typer.Option(help="optimiser step, from 0: which documents were in it?")] = None,
-    document: Annotated[str | None, typer.Option(help="record id, or its source: which steps read it?")] = None,
+    document: Annotated[str | None, typer.Option(help=f"which steps read it? {RECORD}")] = None,
     shard: Annotated[str | None, typer.Option(help="a shard's name: which step read it, or its damage, first?")] = None,
+    due: Annotated[bool, typer.Option("--due", help="what may not be used any more: which steps had read it?")] = False,
     job: Job = "train",
 ) -> None:
-    """From a step to its documents, from a document or a shard to its steps, and to the snapshots that hold it."""
-    if (step, document, shard).count(None) != 2:
-        stop("give one of --step, --document and --shard")
-    from stackpkg.data.items import record_id
+    """From a step to its documents, from documents or a shard to their steps, and to the snapshots that hold them."""
+    if (step, document, shard, due or None).count(None) != 3:
+        stop("give one of --step, --document, --shard and --due")
+    from stackpkg.data import provenance
     from stackpkg.data.ledger import Ledger
 
     folder = folder_at(path)
@@ -97,11 +99,13 @@ def trace(
             sources = ledger.sources(row["record_id"] for row in rows)
             lines = [row | {"source": sources.get(row["record_id"], "")} for row in rows]
         else:
-            known = 0 in ledger.stream.corpus.find([str(document)])
-            named = str(document) if known else record_id(str(document))
-            lines = ledger.document(named)
-            if not lines and 0 not in ledger.stream.corpus.find([named]):
+            late = ledger.overdue(int(time.time())) if due else {}
+            known = ledger.sources(late) if due else provenance.named(folder.path / "data", str(document))
+            if not known and not due:
                 stop(f"no record {document!r} in the corpus. {WHOLE}")
+            for name, source in known.items():
+                typer.echo(f"document {name}  {source}  {late.get(name, '')}".rstrip())
+            lines = ledger.document(*known)
     except ValueError as error:
         stop(error)
     typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in lines) or "none")
@@ -116,22 +120,19 @@ def trace(
 
 def withdraw(
     path: Folder,
-    record: Annotated[list[str], typer.Option("--record", help="record id, or its source; may be given several times")],
+    record: Annotated[list[str], typer.Option("--record", help=f"{RECORD}; may be given several times")],
     reason: Annotated[str, typer.Option(help="who asked, and why: it is kept")],
 ) -> None:
     """Take records out of what a run reads, from its next launch on. Shards stay as they are; no other record moves."""
     from stackpkg.data import provenance
-    from stackpkg.data.corpus import Corpus
-    from stackpkg.data.items import record_id
 
     data = folder_at(path).path / "data"
     try:
-        corpus = Corpus(data)
-        named = [name if 0 in corpus.find([name]) else record_id(name) for name in record]
-        if unknown := [name for name, found in zip(record, named, strict=True) if 0 not in corpus.find([found])]:
+        found = {name: provenance.named(data, name) for name in record}
+        if unknown := [name for name, records in found.items() if not records]:
             stop(f"no record {', '.join(map(repr, unknown))} in the corpus; nothing was withdrawn. {WHOLE}")
-        for name in named:
-            provenance.withdraw(data / "withdrawn.jsonl", name, int(time.time()), reason)
+        named = {each: source for records in found.values() for each, source in records.items()}
+        provenance.withdraw(data / "withdrawn.jsonl", named, int(time.time()), reason)
     except (OSError, ValueError) as error:
         stop(error)
     typer.echo(f"withdrawn: {', '.join(named)}; a job that is launched or goes on from now passes over them")

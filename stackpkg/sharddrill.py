@@ -34,21 +34,23 @@ def profile() -> Params:
 
 
 def victim(stream: Stream) -> tuple[str, int]:
-    """(file, offset) of a byte in the middle of the longest text that rank 0 reads in step `READ` from a block that it
-    has checked, and trusts, before the byte flips."""
-    corpus, plan = stream.corpus, stream.plan
+    """(file, offset) of a byte in the middle of the longest text that step `READ` is the first to read, on rank 0, from
+    a block that this rank has checked, and trusts, before the byte flips."""
+    corpus, plan, pieces = stream.corpus, stream.plan, stream.schedule.pieces
     size = manifest.BLOCK // np.dtype(corpus.manifest["dtype"]).itemsize
-    texts = [
-        [piece for i in numbers if plan[i].lane < len(stream.domains) for piece in stream.schedule.pieces(i)]
+    mine = [
+        [piece for i in numbers if plan[i].lane < len(stream.domains) for piece in pieces(i)]
         for numbers in RankBatches(stream, drills.STEPS, 1, 0, 2, lambda: 0)
     ]
+    rows = (i for step in range(READ - 1) for i in plan.rows_at(plan.position(step)))
+    before = {document for i in rows for document, *_ in pieces(i)}
 
     def middle(piece: tuple[int, int, int]) -> int:
         return int(corpus.offset[piece[0]]) + piece[1] + piece[2] // 2
 
-    known = {(corpus.shard[piece[0]], middle(piece) // size) for part in texts[: FLIPS - 1] for piece in part}
-    due = [piece for piece in texts[READ - 1] if (corpus.shard[piece[0]], middle(piece) // size) in known]
-    chosen = max(due, key=lambda piece: piece[2])
+    known = {(corpus.shard[piece[0]], middle(piece) // size) for part in mine[: FLIPS - 1] for piece in part}
+    due = [piece for piece in mine[READ - 1] if (corpus.shard[piece[0]], middle(piece) // size) in known]
+    chosen = max((piece for piece in due if piece[0] not in before), key=lambda piece: piece[2])
     return f"data/shards/{corpus.names[corpus.shard[chosen[0]]]}.bin", middle(chosen) * manifest.BLOCK // size
 
 
@@ -131,7 +133,7 @@ def clear(folder: RunFolder) -> None:
 
 
 def drill(run: str) -> dict[str, Any]:
-    """All of it, in `outbox/.drills-shard-<run>`, which is removed; what was seen, with the `pages` it is a drill of."""
+    """All of it, in `outbox/.drills-shard-<run>`, which is removed; what was seen, and the `pages` it is a drill of."""
     folder, p = RunFolder(f".drills-shard-{run}"), profile()
     clear(folder)
     folder = RunFolder(folder.name)

@@ -215,7 +215,8 @@ def _stream(arguments: list[str], log: Path, p: Params, shown: str) -> None:
 
 
 def cause(lines: Iterable[str]) -> str:
-    """`: ` and what a rank raised last, from a log; torchrun's own report, which comes after it, hides it. Empty where
-    no rank raised anything."""
+    """`: ` and what a rank raised last, from a log; torchrun's own report, which comes after it, hides it, and so does
+    the lost connection of the ranks that did not raise it. Empty where no rank raised anything."""
     found = [line.strip() for line in lines if RAISED.match(line) and "ChildFailedError" not in line]
-    return f": {RAISED.sub('', found[-1], count=1)}" if found else ""
+    own = [line for line in found if "by peer" not in line] or found
+    return f": {RAISED.sub('', own[-1], count=1)}" if own else ""
