@@ -95,8 +95,8 @@ def line(drills: list[Receipt], now: datetime) -> str:
 def stamp(pages: Path, found: dict[str, list[Receipt]], now: datetime) -> None:
     """Put the line into every staged page, below its promise."""
     for page in sorted(pages.glob("*.md")):
-        title, promise, *rest = page.read_text(encoding="utf-8").split("\n\n", 2)
-        runs.write_text(page, "\n\n".join([title, promise, line(found.get(page.stem, []), now), *rest]))
+        parts = page.read_text(encoding="utf-8").split("\n\n", 2)
+        runs.write_text(page, "\n\n".join([*parts[:2], line(found.get(page.stem, []), now), *parts[2:]]))
 
 
 def overview(pages: Path, found: dict[str, list[Receipt]], now: datetime) -> str:

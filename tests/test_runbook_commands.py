@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,16 +51,16 @@ class Lab:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         keep = {name: value for name, value in os.environ.items() if name not in ("RUN", "STEP")}
         self.environment = keep | {"PATH": path, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
-        self.given: dict[str, str] = {}
+        self.given, self.begun = dict[str, str](), list[subprocess.Popen[str]]()
 
     def start(self, block: str) -> subprocess.Popen[str]:
         text = block.replace("RUN=dry_run", "RUN=small")
         for placeholder, value in ({STEP: "STEP=8"} | self.given).items():
             text = text.replace(placeholder, value)
         command = ["bash", "-eu", "-o", "pipefail", "-c", text]
-        return subprocess.Popen(
-            command, cwd=self.place, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        how = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+        self.begun.append(subprocess.Popen(command, cwd=self.place, env=self.environment, **how))
+        return self.begun[-1]
 
     def type(self, block: str) -> tuple[int, str]:
         done = self.start(block)
@@ -68,19 +68,23 @@ class Lab:
         return done.returncode, said
 
     def copy(self, name: str) -> "Lab":
-        return Lab(Path(shutil.copytree(self.place, self.place.with_name(name))))
+        made = Lab(Path(shutil.copytree(self.place, self.place.with_name(name))))
+        made.begun = self.begun
+        return made
 
-    def paused(self, attempt: int) -> int:
-        """The process of the job's rank, stopped as soon as this attempt has saved a checkpoint."""
-        lock, told = self.place / "outbox/.locks/small.train", self.home / "attempts.json"
+    def paused(self, run: subprocess.Popen[str]) -> int:
+        """The process of the job's rank, stopped as soon as the job that `run` started has saved a checkpoint."""
         have = {path.name for path in self.home.glob("checkpoint-*")}
-        while not (told.exists() and len(read_json(told)) == attempt):
-            time.sleep(0.02)
-        while not {path.name for path in self.home.glob("checkpoint-*")} - have:
-            time.sleep(0.02)
-        rank = int(lock.read_text().split()[1])
+        self.until(run, lambda: {path.name for path in self.home.glob("checkpoint-*")} - have)
+        rank = int((self.place / "outbox/.locks/small.train").read_text().split()[1])
         os.kill(rank, signal.SIGSTOP)
         return rank
+
+    def until(self, run: subprocess.Popen[str], seen: Callable[[], object]) -> None:
+        """Wait for what a command that still runs is to bring about."""
+        while not seen():
+            assert run.poll() is None, run.communicate()[0]
+            time.sleep(0.02)
 
 
 def key(block: str) -> str:
@@ -101,7 +105,7 @@ def done() -> dict[str, tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Before its first run: corpus, profile, notebooks."""
     place = tmp_path_factory.mktemp("lab") / "small"
     for part in ("stackpkg", "params", "governance"):
@@ -117,26 +121,27 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     for name, code in NOTEBOOKS.items():
         cells = [new_markdown_cell(f"# {name}"), new_code_cell(given, metadata={"tags": ["parameters"]})]
         made = new_notebook(cells=[*cells, new_code_cell(begin + code)])
-        made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+        made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(made, place / f"notebooks/{name}.ipynb")
     made_lab = Lab(place)
     parity.prepare(made_lab.run, p)
     runs.write_text(made_lab.run / "telemetry/rules.yml", rules.render(guard.load(p), 1.0, 1.0))
-    return made_lab
+    yield made_lab
+    for command in made_lab.begun:  # where a test failed half way
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def small(lab: Lab, done: dict[str, tuple[int, str]]) -> Lab:
     """The run at its end, by way of a save, a refused roll back and a halt while its job ran."""
     first = lab.start("stackpkg run params/small.yaml")
-    rank = lab.paused(attempt=1)
+    rank = lab.paused(first)
     save, halt = page("KillSwitch", having="stackpkg save"), page("KillSwitch", having="--reason maintenance")
     done[key(save)] = lab.type(save)
     done["refused"] = lab.type("stackpkg rollback outbox/small --step 4")
     typed = lab.start(halt)
-    while not (lab.home / "stop").exists():
-        assert typed.poll() is None, typed.communicate()
-        time.sleep(0.05)
+    lab.until(typed, (lab.home / "stop").exists)
     os.kill(rank, signal.SIGCONT)
     said = typed.communicate()[0]
     done[key(halt)] = typed.returncode, said
@@ -148,12 +153,11 @@ def small(lab: Lab, done: dict[str, tuple[int, str]]) -> Lab:
 def kill(lab: Lab, done: dict[str, tuple[int, str]]) -> None:
     """KillSwitch: a job is killed, no launch goes on until it may."""
     assert lab.type("stackpkg rollback outbox/small --step 4")[0] == 0
-    first, rank = lab.start("stackpkg run params/small.yaml"), lab.paused(attempt=3)
+    first = lab.start("stackpkg run params/small.yaml")
+    rank = lab.paused(first)
     now, again = page("KillSwitch", having="--now"), page("KillSwitch", having="rm outbox")
     typed = lab.start(now)
-    while not (lab.home / "kill").exists():
-        assert typed.poll() is None, typed.communicate()
-        time.sleep(0.05)
+    lab.until(typed, (lab.home / "kill").exists)
     os.kill(rank, signal.SIGCONT)
     said = typed.communicate()[0]
     done[key(now)] = typed.returncode, said
