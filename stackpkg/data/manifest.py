@@ -158,7 +158,7 @@ def check(folder: Path, version: str = "", spared: Collection[str] = (), blocks:
     Raises `ValueError` that names what is missing or corrupt."""
     share = -(-(blocks or OPENING) // len(read(folder, version)["shards"]))
     if broken := [name for name in verify(folder, version, sample=share) if name not in spared]:
-        raise ValueError(f"corrupt or missing: {', '.join(broken)}; notebook 11 shows the way back")
+        raise ValueError(f"corrupt or missing: {', '.join(broken)}; runbook CorruptedShardRollback")
 
 
 def _spared(name: str) -> bool:
