@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import drilled
 import yaml
 from myst import badge, code, div, table, text
 from reference import api, parameters
@@ -233,6 +234,8 @@ def contents(config: dict[str, Any]) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     run = gather(folder)
+    pages, now, table_of_faults = Path("runbooks"), drilled.now(), runs.read_json(Path("faults.json"))
+    drills = drilled.receipts(folder, table_of_faults)
     runs.write_json(Path("run.json"), {key: run[key] for key in ("run", "built", "stages", "demonstration")})
     fragments = {
         "status": status(run),
@@ -240,13 +243,16 @@ def main(folder: Path) -> None:
         "archive": archive(run, folder),
         "parameters": parameters(),
         "support": support(runs.read_json(Path("support.json"))),
-        "faults": faults(runs.read_json(Path("faults.json"))),
+        "faults": faults(table_of_faults),
         "kpis": watched(),
+        "drills": drilled.overview(pages, drills, now),
+        "logbook": drilled.entries(folder, pages),
     }
     for name, fragment in fragments.items():
         runs.write_text(Path("generated", f"{name}.md"), fragment)
     for room, page in api().items():
         runs.write_text(Path("reference", "package", f"{room}.md"), page)
+    drilled.stamp(pages, drills, now)
     config = contents(yaml.safe_load(Path("myst.yml").read_text(encoding="utf-8")))
     runs.write_text(Path("myst.yml"), yaml.safe_dump(config, sort_keys=False))
 

@@ -11,7 +11,9 @@ import typer
 
 from stackpkg.console import Folder, Job, folder_at, stop
 
-WHOLE = "Give a record id, or the whole source that it was read from"
+FIRST = "end it first, stackpkg halt --wait; nothing was changed"
+RECORD = "a record id, its source, or the beginning of sources and a *"
+WHOLE = f"Give {RECORD}"
 
 
 def home_at(path: Path, job: str) -> Path:
@@ -72,15 +74,15 @@ def rows(
 def trace(
     path: Folder,
     step: Annotated[int | None, typer.Option(help="optimiser step, from 0: which documents were in it?")] = None,
-    document: Annotated[str | None, typer.Option(help="record id, or its source: which steps read it?")] = None,
+    document: Annotated[str | None, typer.Option(help=f"which steps read it? {RECORD}")] = None,
     shard: Annotated[str | None, typer.Option(help="a shard's name: which step read it, or its damage, first?")] = None,
+    due: Annotated[bool, typer.Option("--due", help="what may not be used any more: which steps had read it?")] = False,
     job: Job = "train",
 ) -> None:
-    """From a step to its documents, from a document or a shard to its steps, and to the snapshots that hold it."""
-    if (step, document, shard).count(None) != 2:
-        stop("give one of --step, --document and --shard")
-    from stackpkg.data import manifest
-    from stackpkg.data.items import record_id
+    """From a step to its documents, from documents or a shard to their steps, and to the snapshots that hold them."""
+    if (step, document, shard, due or None).count(None) != 3:
+        stop("give one of --step, --document, --shard and --due")
+    from stackpkg.data import provenance
     from stackpkg.data.ledger import Ledger
     from stackpkg.telemetry import privacy
 
@@ -88,11 +90,11 @@ def trace(
     try:
         ledger = Ledger(folder.path, job)
         if shard is not None:
-            blocks = manifest.damaged(ledger.stream.corpus.folder, shard)
-            typer.echo(
-                f"damaged blocks: {', '.join(map(str, blocks))}" if blocks else "no damaged copy; the whole shard"
-            )
-            lines = [{"step": found, "use": "first read"} for found in ledger.shard(shard, blocks)[:1]]
+            first, blocks, tokens = ledger.damage(shard)
+            exact = f"; damaged tokens: {len(tokens)}" if len(tokens) else ""
+            seen = f"damaged blocks: {', '.join(map(str, blocks))}{exact}"
+            typer.echo(seen if blocks else "no damaged copy; the whole shard")
+            lines = [{"step": first, "use": "first read"}] if first is not None else []
         elif step is not None:
             rows = ledger.step(step)
             sources = ledger.sources(row["record_id"] for row in rows)
@@ -100,11 +102,13 @@ def trace(
                 sources = {record: privacy.hashed(name, folder.path) for record, name in sources.items()}
             lines = [row | {"source": sources.get(row["record_id"], "")} for row in rows]
         else:
-            known = 0 in ledger.stream.corpus.find([str(document)])
-            named = str(document) if known else record_id(str(document))
-            lines = ledger.document(named)
-            if not lines and 0 not in ledger.stream.corpus.find([named]):
+            late = ledger.overdue(int(time.time())) if due else {}
+            known = ledger.sources(late) if due else provenance.named(folder.path / "data", str(document))
+            if not known and not due:
                 stop(f"no record {document!r} in the corpus. {WHOLE}")
+            for name, source in known.items():
+                typer.echo(f"document {name}  {source}  {late.get(name, '')}".rstrip())
+            lines = ledger.document(*known)
     except ValueError as error:
         stop(error)
     typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in lines) or "none")
@@ -119,22 +123,19 @@ def trace(
 
 def withdraw(
     path: Folder,
-    record: Annotated[list[str], typer.Option("--record", help="record id, or its source; may be given several times")],
+    record: Annotated[list[str], typer.Option("--record", help=f"{RECORD}; may be given several times")],
     reason: Annotated[str, typer.Option(help="who asked, and why: it is kept")],
 ) -> None:
     """Take records out of what a run reads, from its next launch on. Shards stay as they are; no other record moves."""
     from stackpkg.data import provenance
-    from stackpkg.data.corpus import Corpus
-    from stackpkg.data.items import record_id
 
     data = folder_at(path).path / "data"
     try:
-        corpus = Corpus(data)
-        named = [name if 0 in corpus.find([name]) else record_id(name) for name in record]
-        if unknown := [name for name, found in zip(record, named, strict=True) if 0 not in corpus.find([found])]:
+        found = {name: provenance.named(data, name) for name in record}
+        if unknown := [name for name, records in found.items() if not records]:
             stop(f"no record {', '.join(map(repr, unknown))} in the corpus; nothing was withdrawn. {WHOLE}")
-        for name in named:
-            provenance.withdraw(data / "withdrawn.jsonl", name, int(time.time()), reason)
+        named = {each: source for records in found.values() for each, source in records.items()}
+        provenance.withdraw(data / "withdrawn.jsonl", named, int(time.time()), reason)
     except (OSError, ValueError) as error:
         stop(error)
     typer.echo(f"withdrawn: {', '.join(named)}; a job that is launched or goes on from now passes over them")
@@ -184,6 +185,7 @@ def halt(
     path: Folder,
     reason: Annotated[str, typer.Option(help="kept with the attempt")],
     now: Annotated[bool, typer.Option("--now", help="kill it: without a checkpoint, for good")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="return when nothing of it runs any more")] = False,
     job: Job = "train",
 ) -> None:
     """Ask a running job to save and end after its present step; launched again, it goes on from there."""
@@ -193,8 +195,31 @@ def halt(
     if now:
         stopping.kill(home, reason)
         typer.echo(f"every rank ends within seconds; {stopping.killed(home)}")
-        return
-    typer.echo(f"{stopping.request(home, reason).name} file written; the job ends after its present step")
+    else:
+        typer.echo(f"{stopping.request(home, reason).name} file written; the job ends after its present step")
+    if wait:
+        _await(home)
+
+
+def _await(home: Path) -> None:
+    """Until nothing of the job runs and, when it stopped, its pipeline has ended too."""
+    from stackpkg import pipeline
+    from stackpkg.training import running
+    from stackpkg.training import stop as stopping
+
+    while running.runs(home):
+        time.sleep(1)
+    end = stopping.stopped(home)
+    while end:
+        try:
+            with pipeline.exclusive(home.parents[1].name):
+                break
+        except BlockingIOError:  # it keeps the executed copy
+            time.sleep(1)
+    typer.echo(f"nothing of it runs; its last attempt {f'stopped: {end}' if end else 'was not stopped'}")
+    if (left := home / stopping.FILE).exists():
+        left.unlink()
+        typer.echo("it ended without looking: the stop file is removed, or the next launch would obey it")
 
 
 def save(path: Folder, job: Job = "train") -> None:
@@ -210,9 +235,14 @@ def rollback(
     job: Job = "train",
 ) -> None:
     """Let a job that is not running go on from an earlier checkpoint: later ones are set aside, none is deleted."""
-    from stackpkg.training import snapshots
+    from stackpkg.training import running, snapshots
 
-    good, aside = snapshots.roll_back(home_at(path, job), step)
+    home = home_at(path, job)
+    try:
+        with running.idle(home):
+            good, aside = snapshots.roll_back(home, step)
+    except BlockingIOError as error:
+        stop(f"{error}; {FIRST}")
     typer.echo(f"set aside: {', '.join(aside) or 'nothing'}\nit goes on from {good.name if good else 'the start'}")
 
 
@@ -224,12 +254,16 @@ def skip(
 ) -> None:
     """Pass over a range of data when a stopped training job goes on; recorded, so that every resume repeats it."""
     from stackpkg.data import curriculum
+    from stackpkg.training import running, snapshots
 
     home = home_at(path, job)
-    late = max((int(c.name[11:]) for c in home.glob("checkpoint-*") if c.name[11:].isdigit()), default=0)
-    if late > step:
+    if late := max((at for at in snapshots.listed(home) if at > step), default=0):
         stop(f"checkpoint-{late} has trained past step {step}: set it aside first, stackpkg rollback --step {step}")
-    curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
+    try:
+        with running.idle(home):
+            curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
+    except BlockingIOError as error:
+        stop(f"{error}; {FIRST}")
     typer.echo(f"from step {step} on, {steps} steps of data are passed over; run the profile again to go on")
 
 

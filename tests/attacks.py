@@ -304,7 +304,11 @@ def _(run: Path, trust: Path) -> None:
     sign_all(run)
 
 
-@attack("add a sign-off under a look-alike name of a role", "signoffs/s\N{CYRILLIC SMALL LETTER A}fety.json", "not a sign-off")
+@attack(
+    "add a sign-off under a look-alike name of a role",
+    "signoffs/s\N{CYRILLIC SMALL LETTER A}fety.json",
+    "not a sign-off",
+)
 def _(run: Path, trust: Path) -> None:
     shutil.copy(run / SAFETY, run / "signoffs/s\N{CYRILLIC SMALL LETTER A}fety.json")
 

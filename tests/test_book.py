@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from stackpkg import book, runs
 from stackpkg.governance import checklist
 from stackpkg.params import Params
+from stackpkg.telemetry import logbook
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY / "book/theme"), str(REPOSITORY / "book")]
@@ -177,7 +179,12 @@ def place(repository: Path) -> Path:
     """One run: a good stage, a failed one, one whose kernel died, one that did not run; hostile text everywhere."""
     place = repository
     runs.write_text(place / "book/runbooks/page.md", "# A runbook\n\nSee [](../notebooks/10_good.ipynb).\n")
+    runs.write_text(place / "book/runbooks/Drilled.md", "# Drilled\n\nA promise.\n\n## Signal\n\nNo alert.\n")
     run = place / "outbox/tiny"
+    letter = {"alert": "Drilled", "delay_seconds": 2.4}
+    runs.write_json(run / "telemetry/receipts.json", {"at": runs.now(), "letters": [letter]})
+    for title in ("Drilled (warning)", f"note {EVIL}"):
+        logbook.add(run, title, [f"{EVIL} ```{{include}} index.md```", "- Found: {include}`index.md`"])
     boom = new_output(
         "error", ename="AssertionError", evalue=f"loss 3 {EVIL}", traceback=["\x1b[31mAssertionError\x1b[0m"]
     )
@@ -293,6 +300,22 @@ def test_the_state_of_a_stage_comes_from_its_lock_and_is_loud(html: Path) -> Non
     lines = (html / "signoff/checklist.html").read_text(encoding="utf-8")
     assert [lines.count(f'badge {colour}"') for colour in ("green", "amber", "red", "failed")] == [1, 1, 1, 1]
     assert "absent/*: missing" in lines and "a | b &lt;img" in lines
+
+
+def test_a_page_shows_its_last_drill_or_that_there_was_none(html: Path) -> None:
+    drilled, never = ((html / f"runbooks/{name}.html").read_text(encoding="utf-8") for name in ("drilled", "page"))
+    today = runs.now()[:10]
+    assert f'<span class="badge ok">{today}</span> detected after 2.4 s (tiny, ' in drilled
+    assert 'class="drilled never"' in never and "Never drilled." in never and "Never drilled." not in drilled
+    table = (html / "drills.html").read_text(encoding="utf-8")
+    assert table.index('<span class="badge red">never</span>') < table.index("detected after 2.4 s")
+
+
+def test_the_logbook_is_in_the_book_literally_and_leads_to_the_pages(html: Path) -> None:
+    page = (html / "logbook.html").read_text(encoding="utf-8")
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 3 and "```{include} index.md```" in page
+    assert 'href="runbooks/drilled.html"' in page and "Is this run ready?" not in page.partition("<main")[2]
+    assert 'href="logbook.html"' in (html / "index.html").read_text(encoding="utf-8").partition("<main")[2]
 
 
 def test_a_failed_build_names_the_fault_and_leaves_the_old_book(place: Path, html: Path) -> None:
@@ -412,6 +435,16 @@ def test_code_is_copied_and_the_report_runs_in_its_frame(tab, html: Path) -> Non
     assert tab.locator("#query").input_value().startswith("# Parameters")
     tab.locator("iframe").scroll_into_view_if_needed()
     tab.frame_locator("iframe").get_by_text("report ran").wait_for()
+
+
+@pytest.mark.book
+@pytest.mark.parametrize(("days", "state"), [(1, "ok"), (89, "ok"), (92, "amber")])
+def test_a_drill_turns_yellow_while_the_book_lies(tab, html: Path, days: int, state: str) -> None:  # type: ignore[no-untyped-def]
+    tab.clock.set_fixed_time(datetime.now(UTC) + timedelta(days=days))
+    tab.goto((html / "runbooks/drilled.html").as_uri())
+    box = tab.locator(".drilled")
+    assert box.locator(".badge").get_attribute("class") == f"badge {state}"
+    assert ("more than 90 days ago" in box.inner_text()) == (state == "amber")
 
 
 @pytest.mark.book

@@ -267,7 +267,9 @@ def test_conditions_and_waivers_are_given_in_a_file(reviewed: tuple[Path, Path])
     assert call("sign", run, *decided, "--terms", asked).exit_code == 0
     assert call("verify", run).stdout == "VERIFIED\n"
     note = ("--condition", "C1", "--text", "looked at it")
-    assert "asked for no condition 'C1'; it asked for: none" in call("met", run, *said(keys, "architecture"), *note).stderr
+    assert (
+        "asked for no condition 'C1'; it asked for: none" in call("met", run, *said(keys, "architecture"), *note).stderr
+    )
     done = call("met", run, *said(keys, "safety"), *note)
     assert done.exit_code == 0 and "run the profile again" in done.stdout
     for text, told in (
@@ -275,7 +277,10 @@ def test_conditions_and_waivers_are_given_in_a_file(reviewed: tuple[Path, Path])
         ("conditions: [{id: C 1, text: look, due: 2099-01-31}]", "conditions.0.id"),
         ("waivers: [{item: Z9, reason: why, expires: 2099-01-31}]", "waives Z9; items: A1, A2"),
         ("waivers: [{item: V3, reson: why, expires: 2099-01-31}]", "waivers.0.reson"),
-        ("waivers: [{item: V3, reason: why, expires: 2099-01-31}, {item: V3, reason: x, expires: 2099-01-31}]", "twice"),
+        (
+            "waivers: [{item: V3, reason: why, expires: 2099-01-31}, {item: V3, reason: x, expires: 2099-01-31}]",
+            "twice",
+        ),
     ):
         asked.write_text(text)
         done = call("sign", run, *decided, "--terms", asked)

@@ -84,7 +84,9 @@ def test_an_archive_that_breaks_off_leaves_nothing_half_written(packed: Path, mo
     assert not [path for path in packed.parent.iterdir() if ".tar" in path.name]
 
 
-def repack(packed: Path, *, change: dict[str, bytes] | None = None, also: list[tuple[tarfile.TarInfo, bytes]] = ()) -> None:
+def repack(
+    packed: Path, *, change: dict[str, bytes] | None = None, also: list[tuple[tarfile.TarInfo, bytes]] = ()
+) -> None:
     """Write the archive anew with other contents and entries, and a digest that fits."""
     with pa.input_stream(packed, compression="zstd") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         kept = [(entry, tar.extractfile(entry).read()) for entry in tar]
@@ -134,7 +136,9 @@ def test_an_archive_that_attacks_leaves_nothing(packed: Path, tmp_path: Path, wh
 
 
 @pytest.mark.parametrize("name", [f"demo/{EVIDENCE}", "demo/SHA256SUMS", f"demo/{SAFETY}", "LOG.jsonl"])
-def test_an_archive_with_other_contents_is_refused_though_its_digest_fits(packed: Path, tmp_path: Path, name: str) -> None:
+def test_an_archive_with_other_contents_is_refused_though_its_digest_fits(
+    packed: Path, tmp_path: Path, name: str
+) -> None:
     repack(packed, change={name: b"{}\n"})
     with pytest.raises(ValueError, match="does not hold a whole run"):
         cold.restore(packed, tmp_path / "place/back")

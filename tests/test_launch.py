@@ -249,6 +249,9 @@ def test_what_a_rank_raised_comes_before_the_report_of_torchrun() -> None:
     assert launch.cause(log) == ": ValueError: the corpus is abc, this job began with def: roll back to it"
     assert launch.cause(["stackpkg.training.saving.SaveFailed: checkpoint-3 was not saved\n"]).endswith("not saved")
     assert launch.cause(["step 3 Error rate: 5\n"]) == launch.cause([]) == ""
+    lost = "[rank1]: RuntimeError: [/x/pair.cc:553] Connection closed by peer [127.0.0.1]:1830. GLHF!\n"
+    assert launch.cause([*log, lost]) == launch.cause(log), "what the other ranks say of it"
+    assert "closed by peer" in launch.cause([lost])
 
 
 def test_what_a_job_says_of_people_and_of_secrets_stays_in_it(

@@ -28,7 +28,9 @@ def test_each_line_names_the_digest_of_the_line_before(tmp_path: Path) -> None:
     assert runlog.until(tmp_path / "two") == b"".join(lines[:2]).decode()
 
 
-@pytest.mark.parametrize("change", [lambda line: line[:-2], lambda line: line.replace(b'"run"', b'"rum"'), lambda _: b"\n"])
+@pytest.mark.parametrize(
+    "change", [lambda line: line[:-2], lambda line: line.replace(b'"run"', b'"rum"'), lambda _: b"\n"]
+)
 def test_a_broken_chain_is_named_and_not_continued(tmp_path: Path, change) -> None:
     folder = made(tmp_path)
     made(tmp_path, "two")

@@ -44,7 +44,10 @@ def test_the_next_run_says_which_conditions_are_met_and_which_are_open(outbox: P
     asked(first)
     assert seal.verify(first, seal.trust_for(first)[0]) == [], "conditions that are not due yet"
     second = make(outbox, "second", text="0.5")
-    assert {name: each["open_until"] for name, each in listed(second).items()} == {"C1": "2099-01-31", "C2": "2099-02-28"}
+    assert {name: each["open_until"] for name, each in listed(second).items()} == {
+        "C1": "2099-01-31",
+        "C2": "2099-02-28",
+    }
     assert {each["run"] for each in listed(second).values()} == {"first"}
     third = make(outbox, "third", text="0.8")
     assert listed(third)["C1"]["met"] == "40_evaluate: precision_at_k is 0.8" and "met" not in listed(third)["C2"]
@@ -103,7 +106,9 @@ def test_conditions_of_a_demonstration_bind_no_real_run(outbox: Path) -> None:
 def judged(outbox: Path) -> runs.RunFolder:
     """A run whose list has E1, waiting for sign-offs, and V3, amber; sealed and signed."""
     folder = runs.RunFolder("demo")
-    items = [item for item in yaml.safe_load((ROOT / "params/checklist.yaml").read_text()) if item["id"] in ("E1", "V3")]
+    items = [
+        item for item in yaml.safe_load((ROOT / "params/checklist.yaml").read_text()) if item["id"] in ("E1", "V3")
+    ]
     for item in items:
         item |= {"files": [], "checks": [CHECK | {"limit": 0.2}], "pending": "short run" if item["id"] == "V3" else ""}
     runs.write_text(runs.root() / "params/checklist.yaml", yaml.safe_dump(items))

@@ -13,7 +13,9 @@ from stackpkg import runs
 from stackpkg.governance import weights
 from stackpkg.training import promotion
 
-needs_library = pytest.mark.skipif(not importlib.util.find_spec("model_signing"), reason="the extra `signing` is missing")
+needs_library = pytest.mark.skipif(
+    not importlib.util.find_spec("model_signing"), reason="the extra `signing` is missing"
+)
 
 
 def keys(place: Path) -> tuple[Path, Path]:
@@ -87,7 +89,9 @@ def test_the_library_s_own_command_reads_the_signature(run: runs.RunFolder, tmp_
     private, public = keys(tmp_path / "keys")
     signature = weights.sign(run, private)
     command = [sys.executable, "-m", "model_signing", "verify", "key", "--signature", signature]
-    done = subprocess.run([*command, "--public_key", public, run.path / "artifacts/v1.0.0"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--public_key", public, run.path / "artifacts/v1.0.0"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -40,6 +40,13 @@ function mark() {
 }
 if (heads.length) { addEventListener("scroll", mark, { passive: true }); mark(); }
 
+// a drill grows old while the book lies: after 90 days its date is yellow
+for (const date of document.querySelectorAll(".drilled .badge.ok")) {
+  if (Date.now() - Date.parse(date.textContent) <= 91 * 864e5) continue;
+  date.classList.replace("ok", "amber");
+  date.after(" more than 90 days ago: drill it again.");
+}
+
 // a link to something inside a folded block opens it
 function unfold() {
   for (let node = $(decodeURIComponent(location.hash.slice(1))); node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;

@@ -82,7 +82,7 @@ class Corpus:
             path, entry = self.folder / f"shards/{self.names[shard]}.bin", self.manifest["shards"][shard]
             size = path.stat().st_size if path.exists() else 0
             if size != entry["tokens"] * np.dtype(self.manifest["dtype"]).itemsize:
-                raise ValueError(f"corrupt or missing: shards/{path.name}; notebook 11 shows the way back")
+                raise ValueError(f"corrupt or missing: shards/{path.name}; runbook CorruptedShardRollback")
             self._maps[shard] = np.asarray(np.memmap(str(path), self.manifest["dtype"], "r"))
         return self._maps[shard]
 
@@ -101,5 +101,5 @@ class Corpus:
         block = self.tokens_of(shard)[k * self._size : (k + 1) * self._size]
         if xxhash.xxh3_64_intdigest(block.data) != int(self._sums[shard][k]):
             self._checked[shard][k] = 0
-            raise ValueError(f"corrupt block {k} of shards/{self.names[shard]}.bin; notebook 11 shows the way back")
+            raise ValueError(f"corrupt block {k} of shards/{self.names[shard]}.bin; runbook CorruptedShardRollback")
         self._checked[shard][k] = 1

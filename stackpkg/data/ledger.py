@@ -70,46 +70,56 @@ class Ledger:
                         "tokens": 0,
                     }
 
-    def document(self, record_id: str) -> list[dict[str, Any]]:
-        """The optimiser steps that read a record, in order: {"step", "use"}. As text by the inverse of the schedule, as
-        filler, pair, preference or conversation by looking at every row that carries one.
+    def document(self, *records: str) -> list[dict[str, Any]]:
+        """The optimiser steps that read any of `records`, in order: {"step", "use"}. As text by the inverse of the
+        schedule, as filler, pair, preference or conversation by looking at every row that carries one.
         """
-        stream, found = self.stream, set[tuple[int, str]]()
-        documents = set(np.flatnonzero(stream.corpus.find([record_id]) == 0).tolist())
-        rows = [(i, "text") for d in documents for i in stream.schedule.rows_of(d)]
+        stream, found, sought = self.stream, set[tuple[int, str]](), set(records)
+        documents = set(np.flatnonzero(stream.corpus.find(records) >= 0).tolist())
+        gone = {d: int(stream.schedule.gone[d]) for d in documents}
+        rows = [(i, "text", gone[d]) for d in documents for i in stream.schedule.rows_of(d)]
         far = len(stream.domains)
         for stage, lanes in enumerate(stream.plan.counts):
             for ordinal in range(int(lanes[far])):
                 i = stream.plan.row_number(stage, far, ordinal)
-                if any(d in documents for d, *_ in stream.schedule.pieces(i)):
-                    rows.append((i, "filler"))
+                rows += [(i, "filler", gone[d]) for d, *_ in stream.schedule.pieces(i) if d in documents]
         for name in stream.labelled:
-            if any(record_id in origins for origins in stream.origins[name]):
+            if any(sought & {*origins} for origins in stream.origins[name]):
                 for i in (i for i in range(len(stream.plan)) if stream.carries(i, RATES[name])):
-                    own, *others = stream.origins[name][stream.ridden(name, i)]
-                    rows += [(i, name)] * (own == record_id)
-                    rows += [(i, "negative" if name == "pairs" else name)] * (record_id in others)
-        gone = stream.schedule.withdrawn.get(record_id, NEVER)
-        for i, use in rows:
+                    for k, record in enumerate(stream.origins[name][stream.ridden(name, i)]):
+                        use = "negative" if k and name == "pairs" else name
+                        rows += [(i, use, stream.schedule.withdrawn.get(record, NEVER))] * (record in sought)
+        for i, use, last in rows:
             step = stream.plan.step_at(stream.plan.position_of(i))
-            if step is not None and step < self.steps and i < gone:
+            if step is not None and step < self.steps and i < last:
                 found.add((step, use))
         return [{"step": step, "use": use} for step, use in sorted(found)]
 
-    def shard(self, name: str, blocks: Iterable[int] = ()) -> list[int]:
+    def shard(self, name: str, blocks: Iterable[int] = (), tokens: np.ndarray | None = None) -> list[int]:
         """The optimiser steps, in order, that read a document of a shard as text or filler; with `blocks`, one that
-        lies in these blocks of it."""
+        lies in these blocks of it, with `tokens`, one that holds any of these (int64[n], places in it, in order)."""
         corpus, steps = self.stream.corpus, list[int]()
         size = manifest.BLOCK // np.dtype(corpus.manifest["dtype"]).itemsize
         first, last = corpus.offset // size, (corpus.offset + corpus.tokens - 1) // size
         mine = np.array(corpus.names)[corpus.shard] == name
         hit = np.any([(first <= k) & (k <= last) for k in blocks] or [mine], axis=0)
+        if tokens is not None and len(tokens):
+            ends = (np.searchsorted(tokens, at) for at in (corpus.offset, corpus.offset + corpus.tokens))
+            hit = np.less(*ends)
         documents, plan, schedule = {*np.flatnonzero(mine & hit).tolist()}, self.stream.plan, self.stream.schedule
         for step in range(self.steps):
             rows = ((d, i) for i in plan.rows_at(plan.position(step)) for d, *_ in schedule.pieces(i))
             if any(d in documents and schedule.gone[d] > i for d, i in rows):
                 steps.append(step)
         return steps
+
+    def damage(self, name: str) -> tuple[int | None, list[int], np.ndarray]:
+        """The first optimiser step that read what is damaged of a shard, None when none did; its damaged blocks; and
+        its damaged tokens, known once it was made again: then the step is exact, before it is the first that read any
+        document of these blocks. Without a damaged copy it is the first that read the shard."""
+        folder = self.stream.corpus.folder
+        blocks, tokens = manifest.damaged(folder, name), manifest.changed(folder, name)
+        return next(iter(self.shard(name, blocks, tokens)), None), blocks, tokens
 
     def sources(self, records: Iterable[str]) -> dict[str, str]:
         """record_id -> where each was read from, of those that are documents of the corpus."""

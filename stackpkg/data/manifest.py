@@ -158,7 +158,7 @@ def check(folder: Path, version: str = "", spared: Collection[str] = (), blocks:
     Raises `ValueError` that names what is missing or corrupt."""
     share = -(-(blocks or OPENING) // len(read(folder, version)["shards"]))
     if broken := [name for name in verify(folder, version, sample=share) if name not in spared]:
-        raise ValueError(f"corrupt or missing: {', '.join(broken)}; notebook 11 shows the way back")
+        raise ValueError(f"corrupt or missing: {', '.join(broken)}; runbook CorruptedShardRollback")
 
 
 def _spared(name: str) -> bool:
@@ -190,6 +190,23 @@ def _spot(path: Path, known: np.ndarray, sample: int) -> bool:
 def damaged(folder: Path, name: str) -> list[int]:
     """Numbers of the blocks of a shard of the head that changed: in shards/, or else in the newest copy in quarantine
     that has any. Empty when there is no damaged copy. Raises `ValueError` for a name that no shard has."""
+    return _damage(folder, name)[1]
+
+
+def changed(folder: Path, name: str) -> np.ndarray:
+    """int64[n], the places of the tokens in which the damaged copy of a shard, in quarantine, is not the shard that was
+    made again since; empty when one of the two is not there. Raises as `damaged`."""
+    path, home, manifest = _damage(folder, name)[0], folder / f"shards/{name}.bin", read(folder)
+    sha = next(entry["sha256"] for entry in manifest["shards"] if entry["name"] == name)
+    if path is None or path == home or not whole(home, sha):
+        return np.empty(0, np.int64)
+    bad, right = (np.fromfile(file, manifest["dtype"]) for file in (path, home))
+    both = min(len(bad), len(right))
+    return np.concatenate([np.flatnonzero(bad[:both] != right[:both]), np.arange(both, len(right))])
+
+
+def _damage(folder: Path, name: str) -> tuple[Path | None, list[int]]:
+    """The damaged copy of a shard, and its blocks that changed."""
     manifest, home = read(folder), folder / "quarantine"
     known = {entry["name"]: sums for entry, sums in zip(manifest["shards"], blocks(folder, manifest), strict=True)}
     if name not in known:
@@ -198,8 +215,8 @@ def damaged(folder: Path, name: str) -> list[int]:
     for path in (path for path in (folder / f"shards/{name}.bin", *kept) if path.exists()):
         found = checksums(path)
         if bad := [k for k, right in enumerate(known[name]) if k >= len(found) or found[k] != right]:
-            return bad
-    return []
+            return path, bad
+    return None, []
 
 
 def quarantine(folder: Path, name: str) -> Path:

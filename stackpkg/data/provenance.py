@@ -157,6 +157,19 @@ def withdraw(path: Path, record_id: str | Iterable[str], date: int, reason: str)
         os.fsync(stream.fileno())
 
 
+def named(folder: Path, name: str) -> dict[str, str]:
+    """record_id -> source of the records of the head that `name` means: an id, a source, or with a * at its end all
+    sources that begin so."""
+    found = dict[str, str]()
+    for path in manifest.records(folder):
+        part = pq.read_table(path, columns=["record_id", "source"])
+        ids, sources = part["record_id"], part["source"]
+        one = pc.or_(pc.equal(ids, name), pc.equal(sources, name))
+        part = part.filter(pc.starts_with(sources, name[:-1]) if name.endswith("*") else one)
+        found |= dict(zip(part["record_id"].to_pylist(), part["source"].to_pylist(), strict=True))
+    return found
+
+
 def _shards(folder: Path) -> pa.Table:
     """record_id and shard of every document of the head."""
     index = pa.ipc.open_file(str(manifest.index(folder, manifest.read(folder)))).read_all()

@@ -13,7 +13,19 @@ from stackpkg.governance.statements import DEMONSTRATION, ROLES, Trust, keygen
 from stackpkg.governance.tree import SUMS, differences, seal
 from stackpkg.schema import allowed
 
-__all__ = ["DECISIONS", "DEMONSTRATION", "LOUD", "ROLES", "demonstration_keys", "finish", "prepare", "seal", "sign", "trust_for", "verify"]
+__all__ = [
+    "DECISIONS",
+    "DEMONSTRATION",
+    "LOUD",
+    "ROLES",
+    "demonstration_keys",
+    "finish",
+    "prepare",
+    "seal",
+    "sign",
+    "trust_for",
+    "verify",
+]
 DECISIONS = ("approve", "approve-with-conditions", "reject")
 LOUD = "DEMONSTRATION KEYS: not an approval"
 POLICY = "approval/policy.yaml"

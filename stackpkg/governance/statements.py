@@ -20,9 +20,7 @@ DEMONSTRATION = "@demonstration.invalid"  # RFC 2606: a name under .invalid belo
 TRUSTED = ("allowed_signers", "policy.yaml", "revoked_keys")
 REVIEWER = re.compile(r"[A-Za-z0-9._+-]+@[A-Za-z0-9.-]+")
 _KEY = r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+"
-_POLICY = re.compile(
-    "quorum:\n" + "".join(rf"  {role}: ([1-9])\n" for role in ROLES) + rf"authors:\n((?:- {_KEY}\n)*)"
-)
+_POLICY = re.compile("quorum:\n" + "".join(rf"  {role}: ([1-9])\n" for role in ROLES) + rf"authors:\n((?:- {_KEY}\n)*)")
 _HEAD, _TAIL = "-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----"
 _MAGIC = b"SSHSIG\x00\x00\x00\x01"  # PROTOCOL.sshsig: preamble and version, which the signature itself does not cover
 
@@ -44,11 +42,15 @@ class Trust:
 
     @classmethod
     def read(cls, folder: Path) -> Trust:
-        if missing := [f"{name}: missing, so nothing can be trusted" for name in TRUSTED if not (folder / name).is_file()]:
+        if missing := [
+            f"{name}: missing, so nothing can be trusted" for name in TRUSTED if not (folder / name).is_file()
+        ]:
             return cls(folder, {}, frozenset(), tuple(missing))
         signers, text = ((folder / name).read_text(errors="replace").split("\n") for name in TRUSTED[:2])
         told, policy = ([line for line in lines if line.strip() and line[0] != "#"] for lines in (signers, text))
-        problems = ["allowed_signers: a line without namespaces="] if any("namespaces=" not in line for line in told) else []
+        problems = (
+            ["allowed_signers: a line without namespaces="] if any("namespaces=" not in line for line in told) else []
+        )
         found = _POLICY.fullmatch("".join(f"{line}\n" for line in policy))
         if not found:
             return cls(folder, {}, frozenset(), (*problems, "policy.yaml: not in the form that its comments show"))

@@ -236,15 +236,19 @@ def _seen(drill: Drill, folder: RunFolder, home: Path, said: str, refused: bool)
     went += ["code changed"] if any("code_changed" in attempt for attempt in begun) else []
     mine = table[table["rank"] == 0]
     kept = rows.effective(mine).set_index("step")
-    ends = [mine[mine.attempt == k + 1].time.agg(["min", "max"]) for k in range(len(begun))]
-    waits = [late["min"] - early["max"] for early, late in pairwise(ends)]
     return {
         "fault": drill.what, "went": went, "processes": drill.processes, "attempts": len(begun),
         "steps": len(kept), "again": len(mine) - len(kept), "rows_missing": rows.missing(table, int(kept.index.max())),
         "weights_sha256": report.get("weights_sha256", ""), "loss": float(kept.loss.iloc[-1]),
-        "seconds": round(max((wait for wait in waits if wait == wait), default=0.0), 1),
+        "seconds": wait(table),
         "said": said.splitlines()[0] if said else "",
     }  # fmt: skip
+
+
+def wait(table: pd.DataFrame) -> float:
+    """Seconds from the last row of an attempt to the first of the next, of rank 0: the longest of them."""
+    ends = table[table["rank"] == 0].groupby("attempt").time.agg(["min", "max"]).to_dict("records")
+    return round(max((late["min"] - early["max"] for early, late in pairwise(ends)), default=0.0), 1)
 
 
 def every(names: Iterable[str] = ()) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from stackpkg.training.mesh import local
 LOSSES = {"nan_loss": float("nan"), "inf_loss": float("inf")}
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
 KINDS = (
-    *SIGNALS, "kill_saving", "hang", "disk_full", "clock_back", "hot_rate", *LOSSES,
+    *SIGNALS, "kill_saving", "hang", "disk_full", "clock_back", "hot_rate", "flip_byte", *LOSSES,
     "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "nan_moment",
 )  # fmt: skip
 ROOM = 1 << 16  # bytes that a file may have once the disk is full
@@ -37,19 +38,34 @@ def spoilt(loss: Tensor, faults: Iterable[dict[str, Any]], here: dict[str, Any])
     return loss
 
 
+def flip(path: Path, offset: int) -> None:
+    """Flip the lowest bit of a byte where it lies, as a failing disk would: who has the file mapped reads it so."""
+    path.chmod(0o644)
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1)[0] ^ 1
+        stream.seek(offset)
+        stream.write(bytes([byte]))
+
+
 @torch.no_grad()
 def inject(
-    fault: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, settle: Callable[[], None], **here: Any
+    fault: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settle: Callable[[], None],
+    folder: Path = Path(),
+    **here: Any,
 ) -> None:
     """Do the damage that `fault` asks for, between the backward pass and the update, if it names this place.
 
     `here` is step (from 1), rank, attempt, cursor (step of the data, from 0) and precision; a fault names any of them,
     by a value or a list of values. Kinds: `kill` and `terminate` (SIGKILL and SIGTERM, as the machine would, but after
     `settle`: a drill ends the same each time); `hang`, for ever; `disk_full`, from when on no file grows beyond `ROOM`
-    bytes; `clock_back`, by a day; `hot_rate`, this update at `factor` times the learning rate; NaN or infinity in one
-    number of a gradient, or a gradient 10,000 times as large; NaN in one number of a weight or of Adam's first moment,
-    from which the next gradients are none. Done elsewhere are `kill_saving`, while the checkpoint of a step is written,
-    and the losses of `spoilt`.
+    bytes; `clock_back`, by a day; `flip_byte`, the one at `offset` of `file` below the run's `folder`; `hot_rate`, this
+    update at `factor` times the learning rate; NaN or infinity in one number of a gradient, or a gradient 10,000 times
+    as large; NaN in one number of a weight or of Adam's first moment, from which the next gradients are none. Done
+    elsewhere are `kill_saving`, while the checkpoint of a step is written, and the losses of `spoilt`.
     Raises `ValueError` for an unknown kind.
     """
     kind = fault["kind"]
@@ -69,6 +85,8 @@ def inject(
     elif kind == "clock_back":
         real = time.time
         time.time = lambda: real() - 86_400
+    elif kind == "flip_byte":
+        flip(folder / fault["file"], fault["offset"])
     elif kind == "hot_rate":
         for group in optimizer.param_groups:  # the schedule sets it anew after the update
             group["lr"] *= fault["factor"]

@@ -21,7 +21,7 @@ from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_js
 from stackpkg.telemetry import receivers
 from stackpkg.telemetry.exporter import target
 from stackpkg.telemetry.privacy import clean
-from stackpkg.training import clusters, support
+from stackpkg.training import clusters, running, support
 from stackpkg.training.stop import Stopped, killed, stopped
 
 TETHER, WORKER, EXPORTER = (f"stackpkg.{name}" for name in ("training.tether", "training.worker", "telemetry.exporter"))
@@ -140,10 +140,10 @@ def launch(
                 f"{p.layout.nodes} nodes: the job is described; run on every node, from the repository, with HEAD_NODE "
                 f"the first of them: {' '.join(shown)}"
             )
-        with _exported(name, p, folder):
+        with running.hold(home), _exported(name, p, folder):
             clusters.follow(p, name, home, shown)
     else:
-        with _exported(name, p, folder):
+        with running.hold(home), _exported(name, p, folder):
             _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
     if done.exists() or stopped(home):
         target(folder.path, name).unlink(missing_ok=True)  # nobody is to miss it
@@ -218,7 +218,8 @@ def _stream(arguments: list[str], log: Path, p: Params, shown: str) -> None:
 
 
 def cause(lines: Iterable[str]) -> str:
-    """`: ` and what a rank raised last, from a log; torchrun's own report, which comes after it, hides it. Empty where
-    no rank raised anything."""
+    """`: ` and what a rank raised last, from a log; torchrun's own report, which comes after it, hides it, and so does
+    the lost connection of the ranks that did not raise it. Empty where no rank raised anything."""
     found = [line.strip() for line in lines if RAISED.match(line) and "ChildFailedError" not in line]
-    return f": {RAISED.sub('', found[-1], count=1)}" if found else ""
+    own = [line for line in found if "by peer" not in line] or found
+    return f": {RAISED.sub('', own[-1], count=1)}" if own else ""

@@ -140,7 +140,7 @@ class StackTrainer(Reporting):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         for fault in self.faults:
-            inject(fault, model, self.optimizer.optimizer, self.saver.settle, **self._here())
+            inject(fault, model, self.optimizer.optimizer, self.saver.settle, self.folder, **self._here())
         self.saver.staged()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = self.mesh.clip(gradients, self.args.max_grad_norm)

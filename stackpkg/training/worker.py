@@ -24,7 +24,7 @@ from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import receivers, rows
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.rows import RowWriter
-from stackpkg.training import attempts, hang, layout, recovery, stop
+from stackpkg.training import attempts, hang, layout, recovery, running, stop
 from stackpkg.training.mesh import Mesh, build
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.recovery import StopFile
@@ -164,4 +164,6 @@ def _attempt(
 if __name__ == "__main__":
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    run(Path(sys.argv[1]).resolve())
+    job_file = Path(sys.argv[1]).resolve()
+    with running.hold(job_file.parent):
+        run(job_file)
