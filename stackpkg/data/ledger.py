@@ -70,29 +70,29 @@ class Ledger:
                         "tokens": 0,
                     }
 
-    def document(self, record_id: str) -> list[dict[str, Any]]:
-        """The optimiser steps that read a record, in order: {"step", "use"}. As text by the inverse of the schedule, as
-        filler, pair, preference or conversation by looking at every row that carries one.
+    def document(self, *record_ids: str) -> list[dict[str, Any]]:
+        """The optimiser steps that read one of the records, in order: {"step", "use"}. As text by the inverse of the
+        schedule, as filler, pair, preference or conversation by looking at every row that carries one.
         """
-        stream, found = self.stream, set[tuple[int, str]]()
-        documents = set(np.flatnonzero(stream.corpus.find([record_id]) == 0).tolist())
-        rows = [(i, "text") for d in documents for i in stream.schedule.rows_of(d)]
+        stream, found, asked = self.stream, set[tuple[int, str]](), {*record_ids}
+        name_of = {int(d): str(stream.corpus.records[d]) for d in np.flatnonzero(stream.corpus.find([*asked]) >= 0)}
+        rows = [(i, "text", name) for d, name in name_of.items() for i in stream.schedule.rows_of(d)]
         far = len(stream.domains)
         for stage, lanes in enumerate(stream.plan.counts):
             for ordinal in range(int(lanes[far])):
                 i = stream.plan.row_number(stage, far, ordinal)
-                if any(d in documents for d, *_ in stream.schedule.pieces(i)):
-                    rows.append((i, "filler"))
+                rows += [(i, "filler", name_of[d]) for d, *_ in stream.schedule.pieces(i) if d in name_of]
         for name in stream.labelled:
-            if any(record_id in origins for origins in stream.origins[name]):
+            if any(not asked.isdisjoint(origins) for origins in stream.origins[name]):
                 for i in (i for i in range(len(stream.plan)) if stream.carries(i, RATES[name])):
                     own, *others = stream.origins[name][stream.ridden(name, i)]
-                    rows += [(i, name)] * (own == record_id)
-                    rows += [(i, "negative" if name == "pairs" else name)] * (record_id in others)
-        gone = stream.schedule.withdrawn.get(record_id, NEVER)
-        for i, use in rows:
+                    rows += [(i, name, own)] * (own in asked)
+                    rows += [
+                        (i, "negative" if name == "pairs" else name, other) for other in asked.intersection(others)
+                    ]
+        for i, use, name in rows:
             step = stream.plan.step_at(stream.plan.position_of(i))
-            if step is not None and step < self.steps and i < gone:
+            if step is not None and step < self.steps and i < stream.schedule.withdrawn.get(name, NEVER):
                 found.add((step, use))
         return [{"step": step, "use": use} for step, use in sorted(found)]
 

@@ -24,10 +24,11 @@ SETS = {  # what notebook 13 makes beside the corpus
     "conversations": ("Conversations with roles, tools and protected scopes", "safety conformance"),
     "long_range": ("Synthetic tasks whose answer lies beyond the local window", "long-range reading"),
 }
-NEEDED = (  # fields of the responsible-AI vocabulary without which a card says too little
-    "dataCollection", "dataCollectionType", "dataPreprocessingProtocol", "dataAnnotationProtocol", "dataBiases",
-    "dataUseCases", "dataLimitations", "dataSocialImpact", "personalSensitiveInformation",
-    "dataReleaseMaintenancePlan",
+NEEDED = (  # of Croissant, whose url and creator are of a set that is published, and of its vocabulary
+    "name", "description", "license", "datePublished", "conformsTo", "rai:dataCollection", "rai:dataCollectionType",
+    "rai:dataPreprocessingProtocol", "rai:dataAnnotationProtocol", "rai:dataBiases", "rai:dataUseCases",
+    "rai:dataLimitations", "rai:dataSocialImpact", "rai:personalSensitiveInformation",
+    "rai:dataReleaseMaintenancePlan",
 )  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def problems(cards: Iterable[Path]) -> list[str]:
     mlc, found = _library(), list[str]()
     for path in cards:
         card = runs.read_json(path)
-        found += [f"{path.name}: rai:{name} is missing" for name in NEEDED if not card.get(f"rai:{name}")]
+        found += [f"{path.name}: {name} is missing" for name in NEEDED if not card.get(name)]
         entries = [card["distribution"]] if isinstance(card["distribution"], dict) else card["distribution"]
         for entry in (entry for entry in entries if "sha256" in entry):
             file = path.parent / entry["contentUrl"]
