@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from fnmatch import fnmatch
 from pathlib import Path
@@ -119,6 +120,46 @@ def trace(
         before = max((at for at in snapshots.listed(home) if at <= first), default=0)
         typer.echo(f"snapshots with it: {', '.join(snapshots.touched(home, first)) or 'none'}")
         typer.echo(f"newest checkpoint without it: {f'checkpoint-{before}' if before else 'none'}")
+
+
+def takedown(
+    path: Folder,
+    document: Annotated[str, typer.Option(help="record id, or the whole source that it was read from")] = "",
+    source: Annotated[str, typer.Option(help="a source's name, such as pypi:numpy: every document of it")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for a script: everything, as JSON")] = False,
+) -> None:
+    """What holds a document or a source: shards, labelled sets, steps and snapshots of every job. Only looks."""
+    if bool(document) == bool(source):
+        stop("give one of --document and --source")
+    from stackpkg.governance import takedown as held
+
+    try:
+        told = held.holders(folder_at(path).path, document, source)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(held.lines(told)))
+    if not as_json:
+        typer.echo("`stackpkg withdraw` stops its use; a snapshot with it stays as it is until it is set aside")
+
+
+def privacy(
+    path: Folder,
+    reviewer: Annotated[str, typer.Option(help="your name in governance/allowed_signers")],
+    key: Annotated[Path, typer.Option(help="your private SSH key")],
+    reason: Annotated[str, typer.Option(help="why, for who reads it in a year")],
+    decision: Annotated[str, typer.Option(help="approve, approve-with-conditions or reject")] = "approve",
+    condition: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+) -> None:
+    """Decide, as a person, about the privacy review of a run: written and signed into its governance/."""
+    from stackpkg.governance import privacy as review
+
+    folder = folder_at(path).path
+    try:
+        written = review.decide(folder, reviewer, key, decision, condition or (), reason)
+    except (OSError, ValueError) as error:
+        stop(error)
+    typer.echo(f"wrote {written.name} and {written.name}.sig; run the profile again: notebook 60 reads the decision")
+    _unsealed(folder)
 
 
 def withdraw(
@@ -274,4 +315,4 @@ def note(path: Folder, text: Annotated[str, typer.Argument(help="what was seen, 
     typer.echo(f"added to {logbook.add(folder_at(path).path, 'note', [text]).name}")
 
 
-COMMANDS = (job, rows, trace, shards, save, halt, rollback, skip, withdraw, note)
+COMMANDS = (job, rows, trace, shards, save, halt, rollback, skip, withdraw, takedown, privacy, note)

@@ -175,6 +175,12 @@ class Sweep(Section):
 
 
 class Governance(Section):
-    """Keys of the sign-off."""
+    """Keys of the sign-off and limits of the privacy review."""
 
     demonstration_keys: bool = Field(False, description="sign with throw-away keys made on the spot; never an approval")
+    scan_mb: float = Field(
+        4.0, gt=0, le=1e6, description="megabytes of records that the second detector looks at, drawn by chance"
+    )
+    max_personal: float = Field(
+        5.0, ge=0, description="findings of personal data that may be left after scrubbing, per million characters"
+    )

@@ -1,119 +1,232 @@
+"""What the pages state is counted from the run, and what a source is called can not break a page."""
+
+import html
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from governed_run import HOSTILE, home, run_in
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markupsafe import escape
 
 from stackpkg import params, runs
-from stackpkg.data import manifest as versions
-from stackpkg.data import records
-from stackpkg.governance import datacards
+from stackpkg.governance import croissant, crosswalk, datacards, report
 
-P = params.validate({"run": "demo"})
+SEEN = {
+    "detector": {"presidio-analyzer": "2"}, "records": 3, "compared": 2, "left": 1, "per_million": 2.5,
+    "before": {"EMAIL_ADDRESS": {"found": 4, "left": 3}}, "after": {"PHONE_NUMBER": {"found": 2, "left": 1}},
+    "masked_by_scrubber": {"personal_email": 3}, "not_looked_for": "Names",
+}  # fmt: skip
+MORE = {"version": "v1", "sets": {"pairs": 5}}
+MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> runs.RunFolder:
-    monkeypatch.setattr(runs.RunFolder, "__init__", lambda self, name: setattr(self, "path", tmp_path / name))
-    run = runs.RunFolder("demo")
-    run.name = "demo"
-    common = {"timestamp": 1_700_000_000, "ttl_seconds": 86_400, "hash_status": "verified"}
-    rows = [
-        {"source": "pypi:a==1/x.py", "domain": "code", "licence": "MIT", "text": "mail a.b@example.org"},
-        {"source": "pypi:a==1/y.md", "domain": "documentation", "licence": "", "text": "at 10.0.0.1"},
-        {"source": "jsonl:<b>#3", "domain": "code", "licence": "MIT | <script>", "text": "nothing"},
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    return home(tmp_path)
+
+
+@pytest.fixture
+def known(place: Path) -> tuple[runs.RunFolder, params.Params, dict[str, Any]]:
+    folder, p = run_in(place)
+    return folder, p, datacards.facts(folder, p, SEEN)
+
+
+def test_facts_are_counted_from_the_run(known: Any) -> None:
+    _, _, told = known
+    assert told["documents"] == 3 and told["unlicensed"] == 0
+    assert told["counts"]["licence"] == [("MIT", 3)] and dict(told["counts"]["language"]) == {"en": 2, "not told": 1}
+    assert ("min_words", 1) in told["rejected"] and len(told["rejected"]) == 2, "what was masked was not rejected"
+    (source,) = told["sources"]
+    assert source["name"] == "jsonl:a.jsonl" and source["documents"] == 3 and source["rejected"] == told["rejected"]
+    assert (told["trust"]["min"], told["trust"]["max"]) == (0.7, 0.9)
+    assert told["stamps"] == ["2026-09-21", "2026-09-21"] and told["expiry"] == ["2027-09-21", "2027-09-21"]
+    assert told["may"] == {"may_copy": 3, "may_use_tools": 3}
+
+
+def test_an_unknown_licence_is_counted_and_said_loudly(place: Path) -> None:
+    folder, p = run_in(place, licence="")
+    told = datacards.facts(folder, p, SEEN)
+    assert told["unlicensed"] == 3 and told["counts"]["licence"] == [("unknown", 3)]
+    assert "The licence of 3 documents is unknown." in report.write(folder, p, told).read_text()
+    card = datacards.write(folder, told | MORE)[1].read_text()
+    assert "Licences of 3 documents are unknown." in card
+
+
+def test_the_pages_state_the_facts(known: Any) -> None:
+    folder, _, told = known
+    provenance, model, summary = (path.read_text() for path in datacards.write(folder, told | MORE))
+    assert "| min_words | 1 |" in provenance and "| EMAIL_ADDRESS | 4 | 3 | 0 | 0 |" in provenance
+    assert "| PHONE_NUMBER | 0 | 0 | 2 | 1 |" in provenance
+    assert "| precision_at_k | 0.25 |" in model and "No evidence in this run." in model
+    sections = re.findall(r"^#+ (\d[\d.]*)", summary, re.M)
+    assert sections == [
+        "1.",
+        "1.1",
+        "1.2",
+        "1.3",
+        "2.",
+        "2.1",
+        "2.2",
+        "2.3",
+        "2.4",
+        "2.5",
+        "2.6",
+        "3.",
+        "3.1",
+        "3.2",
+        "3.3",
     ]
-    rows[2]["timestamp"] = 1_700_086_400
-    for number, group in enumerate((rows[:2], rows[2:])):  # as the final records are: several files
-        part = records.table(common | row for row in group)
-        languages = pa.array(["en", None][: len(part)])
-        part = part.append_column("language", languages).append_column("trust", pa.array([0.9, 0.7][: len(part)]))
-        pq.write_table(part, run / f"data/records/{number:05d}.parquet")
-    shard = {"name": "0123456789abcdef", "sha256": "ab" * 32, "tokens": 9}
-    manifest = {"format": versions.FORMAT, "vocab_size": 1024, "tokens": {"train": {"code": 7, "documentation": 2}}}
-    manifest |= {"mixture": {"code": 0.75, "documentation": 0.25}, "shards": [shard]}
-    manifest["records"] = [{"name": f"{number:05d}"} for number in range(2)]
-    versions.commit(run / "data", manifest)
-    runs.write_json(run / "evidence/40_evaluate.json", {"precision_at_k": 0.25})
-    runs.write_text(run / "nb/10.ipynb", "by x@example.org and y@example.org")
-    return run
+    assert "less than 1 billion tokens (9 in the corpus)" in summary and "pairs (5 rows)" in summary
+    assert "OPEN" in summary.partition("### 2.2")[2].partition("### 2.5")[0], "a file: where it is from is not known"
 
 
-@pytest.mark.parametrize(
-    ("text", "mails", "addresses"),
-    [
-        ("", 0, 0),
-        ("a@b.org, c.d+e@f.example.com.", 2, 0),
-        ("decorator @property a@b", 0, 0),
-        ("10.0.0.1 and 255.255.255.255", 0, 2),
-        ("256.1.1.1 1.2.3 1.2.3.4.5", 0, 0),
-    ],
-)
-def test_patterns_of_personal_data(text: str, mails: int, addresses: int) -> None:
-    assert datacards.personal_data([text]) == {"e-mail addresses": mails, "IPv4 addresses": addresses}
+def test_a_public_source_leaves_no_question_about_crawling(place: Path) -> None:
+    folder, p = run_in(place)
+    told = datacards.facts(folder, p, SEEN)
+    told["sources"][0]["kind"] = "distributions"
+    text = datacards.render("training_summary.md.j2", told | MORE)
+    assert "OPEN" not in text.partition("### 2.1")[2].partition("### 3.1")[0] and "| jsonl:a.jsonl |" in text
 
 
-def test_facts_are_counted_from_the_run(folder: runs.RunFolder) -> None:
-    known = datacards.facts(folder, P)
-    assert known["counts"]["source"] == [("jsonl:<b>", 1), ("pypi:a==1", 2)]
-    assert dict(known["counts"]["licence"]) == {"MIT": 1, "MIT | <script>": 1, "unknown": 1}
-    assert dict(known["counts"]["language"]) == {"en": 2, "not told": 1}
-    assert (known["trust"]["min"], known["trust"]["max"]) == (0.7, 0.9)
-    assert known["stamps"] == ["2023-11-14", "2023-11-15"] and known["expiry"] == ["2023-11-15", "2023-11-16"]
-    assert known["may"] == {"may_copy": 1, "may_use_tools": 2}, "as the licences permit"
-    assert known["personal"]["corpus"] == {"e-mail addresses": 1, "IPv4 addresses": 1}
-    assert known["personal"]["archive"] == {"e-mail addresses": 2, "IPv4 addresses": 0}
+# --- what comes from data is shown as it is
 
 
-def test_cards_state_the_facts_and_escape_the_data(folder: runs.RunFolder) -> None:
-    croissant, provenance, model = datacards.write(folder, datacards.facts(folder, P))
-    card = json.loads(croissant.read_text())
-    assert card["@type"] == "sc:Dataset" and card["conformsTo"].endswith("croissant/1.0")
-    assert card["license"] == ["MIT", "MIT | <script>", "unknown"]
-    files = {name: runs.digest(folder / f"data/records/{name}") for name in ("00000.parquet", "00001.parquet")}
-    *objects, whole = card["distribution"]
-    assert {entry["name"]: entry["sha256"] for entry in objects} == {"0123456789abcdef": "ab" * 32} | files
-    assert [path.name for path in folder.matches(whole["includes"])] == list(files)
-    assert {field["source"]["fileSet"]["@id"] for field in card["recordSet"][0]["field"]} == {whole["@id"]}
-    columns = {field["source"]["extract"]["column"] for field in card["recordSet"][0]["field"]}
-    assert columns <= set(pq.read_schema(folder / "data/records/00000.parquet").names)
-    assert all(card[f"rai:{field}"] for field in ("dataCollection", "dataBiases", "personalSensitiveInformation"))
-    text = provenance.read_text()
-    assert "<script>" not in text and "&lt;script&gt;" in text and "jsonl:&lt;b&gt;" in text
-    assert "| code | 2 | 7 | 0.750 |" in text and "| unknown | 1 |" in text
-    assert "| e-mail addresses | 1 | 2 |" in text
-    assert "| precision_at_k | 0.25 |" in model.read_text()
-    assert "No evidence in this run." in model.read_text()  # training recorded nothing here
+def cells(markdown: str) -> set[str]:
+    """The text of every table cell of a page, as a reader sees it."""
+    found = re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", MARKDOWN.render(markdown), re.S)
+    return {html.unescape(re.sub(r"</?strong>", "", cell)) for cell in found}
 
 
-def test_a_fact_that_is_missing_stops_the_card(folder: runs.RunFolder) -> None:
-    known = datacards.facts(folder, P)
-    del known["trust"]
+def plain(markdown: str) -> None:
+    shown = MARKDOWN.render(markdown)
+    assert not re.search(r"<(script|a |img|iframe|style|form|input)", shown), "markup out of data"
+
+
+def test_a_hostile_name_is_shown_in_every_page_and_does_nothing(known: Any) -> None:
+    folder, p, told = known
+    name = HOSTILE.partition("#")[0]
+    reason = f"unreadable: {HOSTILE}"
+    for path in datacards.write(folder, told | MORE):
+        plain(path.read_text())
+    assert {name, reason} <= cells((folder.path / "governance/provenance.md").read_text())
+    page = report.write(folder, p, told).read_text()
+    assert "<script" not in page and html.escape(reason).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in page
+    assert page.count('role="img" aria-label="') == 4 and not re.search(r"(src|(?<!xlink:)href)=\"(?!#)", page)
+    rows = [{"framework": name, "clause": reason, "asks": HOSTILE, "evidence": {HOSTILE: "ab" * 32}, "missing": [],
+             "outside": ""}]  # fmt: skip
+    text = datacards.render("crosswalk.md.j2", {"run": "demo", "rows": rows})
+    plain(text)
+    assert {reason, HOSTILE} <= cells(text)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip))
+def test_any_name_is_one_cell_of_a_table(name: str) -> None:
+    text = "| a | b |\n| --- | --- |\n| " + str(escape(datacards.literal(name))) + " | 1 |\n"
+    shown = MARKDOWN.render(text)
+    assert cells(text) == {"a", "b", " ".join(name.split()), "1"} and not re.search(
+        r"<(?!/?(table|t[rhd]|thead|tbody))", shown
+    )
+
+
+def test_a_fact_that_is_missing_stops_the_page(known: Any) -> None:
+    _, _, told = known
+    del told["trust"]
     with pytest.raises(Exception, match="trust"):
-        datacards.render("provenance.md.j2", known)
+        datacards.render("provenance.md.j2", told)
 
 
-def test_the_digest_of_the_records_follows_their_content(folder: runs.RunFolder) -> None:
-    before = datacards.facts(folder, P)["records_sha256"]
+def test_the_digest_of_the_records_follows_their_content(known: Any) -> None:
+    folder, p, told = known
     shutil.copy(folder / "data/records/00000.parquet", folder / "data/records/00001.parquet")
-    assert datacards.facts(folder, P)["records_sha256"] != before
+    assert datacards.facts(folder, p, SEEN)["records_sha256"] != told["records_sha256"]
 
 
-def test_a_run_without_records_says_what_to_run(folder: runs.RunFolder) -> None:
+def test_a_run_without_records_says_what_to_run(known: Any) -> None:
+    folder, p, _ = known
     (folder / "data/manifest.json").unlink()
     with pytest.raises(ValueError, match=r"data/manifest\.json is missing: run notebook 10"):
-        datacards.facts(folder, P)
+        datacards.facts(folder, p, SEEN)
 
 
-def test_a_record_that_never_ends_still_has_a_card(folder: runs.RunFolder) -> None:
+def test_a_record_that_never_ends_still_has_a_card(known: Any) -> None:
+    folder, p, _ = known
     part = pq.read_table(folder / "data/records/00001.parquet")
     at = part.column_names.index("ttl_seconds")
     pq.write_table(part.set_column(at, "ttl_seconds", [[2**63 - 1]]), folder / "data/records/00001.parquet")
-    assert datacards.facts(folder, P)["expiry"] == ["2023-11-15", "2100-01-01"]
+    assert datacards.facts(folder, p, SEEN)["expiry"] == ["2027-09-21", "2100-01-01"]
 
 
-def test_no_absolute_path_reaches_a_card(folder: runs.RunFolder) -> None:
-    for path in datacards.write(folder, datacards.facts(folder, P)):
-        assert str(folder.path.parent) not in path.read_text()
+def test_no_absolute_path_reaches_a_page(known: Any) -> None:
+    folder, p, told = known
+    pages = [*datacards.write(folder, told | MORE), report.write(folder, p, told), *croissant.write(folder, told)]
+    told["parameters"]["data"]["sources"] = []
+    for path in pages:
+        assert str(folder.path.parent) not in path.read_text(), path.name
+
+
+# --- Croissant
+
+
+def test_every_data_set_has_a_card_that_its_library_reads(known: Any) -> None:
+    folder, _, told = known
+    cards = croissant.write(folder, told)
+    assert [card.name for card in cards] == ["corpus.jsonld", "source_0.jsonld", "long_range.jsonld"]
+    assert croissant.problems(cards) == []
+    card = json.loads(cards[0].read_text())
+    assert card["conformsTo"] == "http://mlcommons.org/croissant/1.1" and card["license"] == "MIT"
+    stated = {entry["contentUrl"]: entry["sha256"] for entry in card["distribution"] if "sha256" in entry}
+    assert stated == {name: runs.digest(folder.path / "data" / name) for name in stated} and len(stated) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda card: card.pop("rai:dataBiases"), "rai:dataBiases is missing"),
+        (lambda card: card["distribution"][0].update(sha256="0" * 64), "is not the file that the card describes"),
+        (lambda card: card["distribution"][0].update(contentUrl="records/none.parquet"), "is not the file"),
+        (lambda card: card.pop("name"), "name is missing"),
+        (lambda card: card.update(conformsTo="http://mlcommons.org/croissant/9"), "ValidationError"),
+        (lambda card: card["recordSet"][0]["field"][0]["source"]["extract"].update(column="none"), "Error"),
+    ],
+)
+def test_what_is_wrong_with_a_card_is_said(known: Any, change: Any, said: str) -> None:
+    folder, _, told = known
+    path = croissant.write(folder, told)[0]
+    card = json.loads(path.read_text())
+    change(card)
+    runs.write_json(path, card)
+    assert any(said in problem for problem in croissant.problems([path])), croissant.problems([path])
+
+
+# --- the crosswalk
+
+
+def test_each_requirement_names_evidence_or_why_there_is_none(place: Path) -> None:
+    folder, _ = run_in(place)
+    rows = crosswalk.write(folder)
+    assert {row["framework"] for row in rows} == {
+        "NIST AI RMF 1.0", "ISO/IEC 42001:2023, Annex A", "EU AI Act Annex IV"}  # fmt: skip
+    (quality,) = (row for row in rows if row["clause"] == "A.7.5")
+    assert quality["evidence"] == {"data/trust.parquet": runs.digest(folder / "data/trust.parquet")}
+    assert quality["missing"] == ["governance/provenance.md"]
+    text = (folder / "governance/crosswalk.md").read_text()
+    assert "**NO EVIDENCE IN THIS RUN:** governance/provenance.md" in text
+    silent = sum(bool(row["missing"]) for row in rows)
+    assert f"{silent} WITHOUT THE EVIDENCE THEY NAME" in text and silent
+    assert json.loads((folder / "governance/crosswalk.json").read_text()) == rows
+
+
+@pytest.mark.parametrize("row", ["", "evidence: [x], outside: y"])
+def test_a_row_that_answers_nothing_or_twice_is_refused(place: Path, row: str) -> None:
+    runs.write_text(place / crosswalk.TABLE, f"- {{framework: F, clause: '1', asks: a, {row}}}\n")
+    with pytest.raises(ValueError, match="F 1: give `evidence`, or say in `outside`"):
+        crosswalk.definitions()

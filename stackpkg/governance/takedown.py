@@ -1,0 +1,121 @@
+"""What of a run holds a document or a whole source: records, shards, labelled sets, optimiser steps, snapshots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stackpkg.data import manifest, provenance
+from stackpkg.data.corpus import Corpus
+from stackpkg.data.items import record_id
+from stackpkg.data.ledger import Ledger
+from stackpkg.training import snapshots
+
+SETS = {"pairs": ("record_id", "negative_records"), "preferences": ("record_id",), "conversations": ("record_ids",)}
+
+
+def named(data: Path, document: str = "", source: str = "") -> dict[str, str]:
+    """record_id -> source of the records of the corpus below `data` that are `document` (an id, or the whole source it
+    was read from) or come from `source`: a name, or the beginning of names that ends where `/`, `#` or `==` follows.
+
+    Raises `ValueError` where there is none.
+    """
+    ids, found = {document, record_id(document)} - {""} if document else set(), dict[str, str]()
+    for file in manifest.records(data):
+        part = pq.read_table(file, columns=["record_id", "source"]).to_pydict()
+        for name, where in zip(part["record_id"], part["source"], strict=True):
+            tail = where.removeprefix(source) if source and where.startswith(source) else None
+            if name in ids or (tail is not None and (not tail or tail[0] in "/#=" or source[-1] in "/#=")):
+                found[name] = where
+    if not found:
+        asked = f"document {document!r}" if document else f"source {source!r}"
+        twins = pq.read_table(data / "duplicates.parquet", columns=["removed", "kept"]).to_pydict()
+        kept = [kept for removed, kept in zip(twins["removed"], twins["kept"], strict=True) if removed in ids]
+        raise ValueError(
+            f"no record of the corpus is of {asked}"
+            + f"; it was dropped as a duplicate of {kept[0]}, which holds the same text: ask for that" * bool(kept)
+            + ". Give a record id or a whole source as `stackpkg trace` shows them, or a source's name such as "
+            "pypi:numpy; what was read and dropped is in data/audit.parquet"
+        )
+    return found
+
+
+def _rows(file: Path, columns: tuple[str, ...], ids: set[str]) -> int:
+    """How many rows of a labelled set are made of one of the records."""
+    table, hit, wanted = pq.read_table(file, columns=list(columns)), set[int](), pa.array(sorted(ids), pa.string())
+    for name in columns:
+        column = table[name].combine_chunks()
+        lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        flat = pc.list_flatten(column) if lists else column
+        rows = pc.list_parent_indices(column) if lists else pa.array(np.arange(len(column)))
+        hit |= {*rows.filter(pc.is_in(flat.cast(pa.string()), wanted)).to_pylist()}
+    return len(hit)
+
+
+def _job(run: Path, name: str, ids: set[str]) -> dict[str, Any]:
+    home = run / "checkpoints" / name
+    try:
+        read = Ledger(run, name).document(*ids)
+    except ValueError as error:
+        return {"unknown": str(error)}
+    steps = sorted({row["step"] for row in read})
+    told: dict[str, Any] = {"steps": steps, "uses": dict(Counter(row["use"] for row in read)), "snapshots": []}
+    if steps:
+        before = max((at for at in snapshots.listed(home) if at <= steps[0]), default=0)
+        told["snapshots"] = snapshots.touched(home, steps[0])
+        told["newest_without"] = f"checkpoint-{before}" if before else ""
+    return told
+
+
+def holders(run: Path, document: str = "", source: str = "") -> dict[str, Any]:
+    """Everything of a run that holds the records, ready for JSON. A job whose data is another now says so as `unknown`.
+
+    Raises `ValueError` where the corpus has no such record.
+    """
+    data = run / "data"
+    records = named(data, document, source)
+    corpus, ids = Corpus(data), {*records}
+    mine = np.flatnonzero(corpus.find(sorted(ids)) >= 0)
+    shards = Counter(corpus.names[corpus.shard[d]] for d in mine.tolist())
+    files = [f.name for f in manifest.records(data)
+             if not ids.isdisjoint(pq.read_table(f, columns=["record_id"])["record_id"].to_pylist())]  # fmt: skip
+    sets = {name: _rows(data / f"{name}.parquet", columns, ids) for name, columns in SETS.items()
+            if (data / f"{name}.parquet").exists()}  # fmt: skip
+    gone = provenance.withdrawals(data / "withdrawn.jsonl")
+    jobs = sorted(path.parent.name for path in run.glob("checkpoints/*/job.json"))
+    return {
+        "records": records, "withdrawn": sorted(ids & gone.keys()), "record_files": files,
+        "shards": dict(sorted(shards.items())), "sets": sets, "jobs": {name: _job(run, name, ids) for name in jobs},
+    }  # fmt: skip
+
+
+def spans(steps: list[int]) -> str:
+    """Numbers in order as text: 0-3, 7."""
+    groups = (list(group) for _, group in groupby(enumerate(steps), lambda pair: pair[1] - pair[0]))
+    ends = ((group[0][1], group[-1][1]) for group in groups)
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in ends) or "none"
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """What `holders` found, for a reader."""
+    made = [f"records: {len(told['records'])}, withdrawn {len(told['withdrawn'])}"]
+    made += [f"  {name}  {where}" for name, where in [*told["records"].items()][:10]]
+    made += ["  ..."] * (len(told["records"]) > 10)
+    made.append(f"record files: {', '.join(told['record_files'])}")
+    made += [f"shard {name}: {count} documents" for name, count in told["shards"].items()]
+    made += [f"{name}: {count} rows" for name, count in told["sets"].items()]
+    for name, job in told["jobs"].items():
+        if "unknown" in job:
+            made.append(f"job {name}: not known. {job['unknown']}")
+            continue
+        made.append(f"job {name}: steps {spans(job['steps'])}; snapshots {', '.join(job['snapshots']) or 'none'}")
+        if job["steps"]:
+            made.append(f"  newest checkpoint without it: {job['newest_without'] or 'none'}")
+    return made
