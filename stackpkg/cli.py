@@ -122,13 +122,16 @@ def status(path: Folder) -> None:
 
 
 @app.command()
-def book(path: Folder) -> None:
-    """Build the book of a run: opens from its folder, needs no server and no network."""
+def book(
+    path: Folder,
+    others: Annotated[list[Path] | None, typer.Argument(help="more runs: compared, and one click away")] = None,
+) -> None:
+    """Build the book of a run, or one of several: opens from its folder, needs no server and no network."""
     from stackpkg import book as books
 
-    folder = folder_at(path)
+    folder, more = folder_at(path), [folder_at(other).name for other in others or ()]
     try:
-        index = books.build(folder.name)
+        index = books.build(folder.name, *more)
     except (OSError, ValueError, RuntimeError) as error:
         stop(error)
     typer.echo(f"the book: {index.relative_to(root())}")

@@ -23,9 +23,11 @@ from typing import Any, TextIO
 import nbformat
 import yaml
 
+from stackpkg import failure
 from stackpkg.data.listing import listing
 from stackpkg.governance.seal import finish
 from stackpkg.params import Params, assigned
+from stackpkg.progress import Lines, Told, display
 from stackpkg.runs import RunFolder, digest, environment, now, portable, read_json, root, write_json, write_text
 
 SOURCE = re.compile(r"(params|book|governance)/[\w./-]+|requirements\.lock\.txt")
@@ -169,25 +171,11 @@ def exclusive(name: str) -> Iterator[None]:
         yield
 
 
-class _Progress:
-    """Passes on the lines that report progress (they start with a bracket) and drops the rest of a cell's output."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.rest = stream, ""
-
-    def write(self, text: str) -> None:
-        *lines, self.rest = (self.rest + text).split("\n")
-        self.stream.writelines(f"      {line}\n" for line in lines if line.startswith("["))
-        self.stream.flush()
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
-def execute(stage: Stage, p: Params, folder: RunFolder, stream: TextIO) -> dict[str, Any]:
+def execute(stage: Stage, p: Params, folder: RunFolder, shown: Lines) -> dict[str, Any]:
     """Run one notebook; its record goes to `lock/<stage>.json` whatever happens, the executed copy is kept.
 
     The record is ours because papermill's metadata calls a timeout or a dead kernel completed (papermill 2.7).
+    Raises `StageFailed` with notebook, cell, cause and next step.
     """
     import papermill  # a second of imports that `status` and a run with nothing to do need not pay
     from traitlets.config import Config
@@ -209,19 +197,23 @@ def execute(stage: Stage, p: Params, folder: RunFolder, stream: TextIO) -> dict[
             progress_bar=False,
             coalesce_streams=True,
             cwd=str(root()),
-            stdout_file=_Progress(stream),
+            stdout_file=Told(shown),
             config=Config({"KernelManager": encrypted, "AsyncKernelManager": encrypted}),
         )
         record |= {"state": "ok", "outputs": _digests(folder, stage.outputs)}
     except BaseException as error:
         record |= {"state": "failed", "error": portable(f"{type(error).__name__}: {error}")[-4000:]}
-        raise
+        record["cell"] = failure.cell(output)
+        if not isinstance(error, Exception):  # an interrupt is no fault of the notebook
+            raise
+        raise failure.StageFailed(portable(failure.explain(stage.name, output, error))) from error
     finally:
         if output.exists():
             _scrub(output, stage.path)
         del record["pid"]
         record["seconds"] = round(time.monotonic() - start, 1)
         write_json(lock, record)
+        shown.ended(record["state"], record["seconds"])
     return record
 
 
@@ -269,22 +261,21 @@ def run(
     folder = RunFolder(p.run)
     with exclusive(p.run):
         executed = stale = False
-        for number, stage in enumerate(chosen, 1):
-            why = "forced" if force else reason_to_run(stage, p, folder)
-            head = f"[{number:>2}/{len(chosen)}] {stage.name:<26}"
-            if dry_run or not why:
-                doubt = ", unless a stage above remakes its inputs" if stale and stage.inputs else ""
-                stream.write(f"{head} {'would run: ' + why if why else 'unchanged' + doubt}\n")
-                stale |= bool(why)
-                continue
-            stream.write(f"{head} runs: {why}\n")
-            stream.flush()
-            if not executed:
-                write_text(folder / "config/params.yaml", yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
-                write_json(folder / "config/environment.json", environment())
-                executed = True
-            record = execute(stage, p, folder, stream)
-            stream.write(f"{'':8}{record['state']} in {record['seconds']:.1f} s\n")
+        with display(stream, folder.path.parent, p.run, [stage.name for stage in chosen]) as shown:
+            for stage in chosen:
+                why = "forced" if force else reason_to_run(stage, p, folder)
+                if dry_run or not why:
+                    doubt = ", unless a stage above remakes its inputs" if stale and stage.inputs else ""
+                    shown.passed(stage.name, f"would run: {why}" if why else f"unchanged{doubt}")
+                    stale |= bool(why)
+                    continue
+                if not executed:
+                    profile = yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False)
+                    write_text(folder / "config/params.yaml", profile)
+                    write_json(folder / "config/environment.json", environment())
+                    executed = True
+                shown.started(stage.name, why)
+                execute(stage, p, folder, shown)
         known = stages()
         settled = dry_run or (not executed and len(chosen) == len(known))  # the loop has just found every one unchanged
         left = [] if settled else [stage.name for stage in known if reason_to_run(stage, p, folder)]

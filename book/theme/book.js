@@ -31,6 +31,53 @@ for (const block of document.querySelectorAll(".listing")) {
   block.append(button);
 }
 
+// tables of a few rows and more sort by any column; every second click turns the order round, the third restores it
+const UNIT = { ms: .001, s: 1, min: 60, h: 3600 };
+function value(cell) {
+  const text = (cell?.textContent || "").trim(), found = text.replace(/,(?=\d{3})/g, "").replace("−", "-").match(/^([<>≤≥]\s*)?([+-]?\d*\.?\d+(?:e[+-]?\d+)?)(?:\s*(ms|s|min|h))?(?![\w-])/i);
+  return found ? [0, Number(found[2]) * (UNIT[found[3]] || 1), text] : [text ? 1 : 2, 0, text.toLowerCase()];
+}
+function sort(table, column, direction) {
+  const body = table.tBodies[0];
+  body.original ||= [...body.rows];
+  const keyed = body.original.map((row) => [value(row.cells[column]), row]);
+  if (direction) keyed.sort(([a], [b]) => a[0] - b[0] || direction * (a[1] - b[1] || a[2].localeCompare(b[2])));
+  body.append(...keyed.map(([, row]) => row));
+}
+for (const table of document.querySelectorAll("main table")) {
+  const head = table.tHead?.rows.length === 1 && table.tHead.rows[0], rows = [...(table.tBodies[0]?.rows || [])];
+  if (!head || table.tBodies.length > 1 || rows.length < 3 || table.querySelector("[rowspan], tbody [colspan]")) continue;
+  [...head.cells].forEach((th, column) => {
+    if (!th.textContent.trim()) return;
+    const button = Object.assign(document.createElement("button"), { type: "button", className: "sort", title: "Sort by this column" });
+    button.append(...th.childNodes);
+    th.append(button);
+    button.addEventListener("click", () => {
+      const next = { ascending: "descending", descending: null }[th.getAttribute("aria-sort")];
+      for (const other of head.cells) other.removeAttribute("aria-sort");
+      const order = next === undefined ? "ascending" : next;
+      if (order) th.setAttribute("aria-sort", order);
+      sort(table, column, { ascending: 1, descending: -1 }[order] || 0);
+    });
+  });
+}
+
+// a cell of a table that is very long shows its beginning
+for (const cell of document.querySelectorAll("main td")) {
+  if (cell.textContent.length < 400 || cell.querySelector("table, details")) continue;
+  const box = document.createElement("div"), more = document.createElement("button");
+  box.className = "long";
+  box.append(...cell.childNodes);
+  Object.assign(more, { type: "button", className: "more", textContent: "Show all" });
+  more.setAttribute("aria-expanded", "false");
+  more.addEventListener("click", () => {
+    const open = box.classList.toggle("open");
+    more.textContent = open ? "Show less" : "Show all";
+    more.setAttribute("aria-expanded", open);
+  });
+  cell.append(box, more);
+}
+
 // the section being read, in the table of contents
 const links = new Map([...document.querySelectorAll("#contents a")].map((a) => [decodeURIComponent(a.hash.slice(1)), a]));
 const heads = [...links.keys()].map($).filter(Boolean);
@@ -106,4 +153,7 @@ addEventListener("keydown", (event) => {
     (event.key === "ArrowDown" ? results[Math.min(at + 1, results.length - 1)] : results[at - 1] || query).focus();
   }
 });
-addEventListener("click", (event) => { if (!event.target.closest("search")) found.hidden = true; });
+addEventListener("click", (event) => {
+  if (!event.target.closest("search")) found.hidden = true;
+  for (const list of document.querySelectorAll(".switch[open]")) if (!list.contains(event.target)) list.open = false;
+});

@@ -37,8 +37,12 @@ def code_cell(r: Renderer, node: Node) -> str:
         badges.append(f'<span class="took" title="duration of this cell">{_seconds(record["duration"])}</span>')
     head = f'<div class="bar">{"".join(badges)}</div>' if badges else ""
     if "parameters" in tags:
-        r.defaults = set(_assigned(source["value"]))
-    code = _values(source["value"], r.defaults) if "injected-parameters" in tags else listing(source["value"], "python")
+        r.declared = set(_assigned(source["value"]))
+    code = (
+        _values(source["value"], r.declared, r.defaults)
+        if "injected-parameters" in tags
+        else listing(source["value"], "python")
+    )
     if "hide" in (source.get("visibility"), node.get("visibility")):
         code = f"<details><summary>Code</summary>{code}</details>"
     code = "" if source.get("visibility") == "remove" else code
@@ -71,12 +75,19 @@ def output(r: Renderer, node: Node) -> str:
         return f'<div class="html">{sanitise(_content(r, found["text/html"], "content"), r.report)}</div>'
     for kind in PICTURES:
         if kind in found:
-            name = escape(r.resolve(found[kind]["path"]))
-            return f'<figure class="picture"><img src="{name}" alt="Figure made by the cell above"></figure>'
+            return picture(
+                r.resolve(found[kind]["path"]), _content(r, found.get("text/plain", {"content": ""}), "content")
+            )
     for kind in ("text/markdown", "text/latex", "text/plain"):
         if kind in found:
             return _text(_content(r, found[kind], "content"), "result")
     raise ValueError(f"the theme shows no output of the kinds {sorted(found)}; add one to book/theme/cells.py")
+
+
+def picture(name: str, words: str) -> str:
+    """A figure on a white sheet; `words` is what the plotting library says of it, its own text where that is a type."""
+    words = "Figure made by the cell above" if not words or words.startswith("<") else words
+    return f'<figure class="picture"><img src="{escape(name)}" alt="{escape(words)}"></figure>'
 
 
 def _outputs(node: Node) -> list[Node]:
@@ -101,15 +112,28 @@ def _assigned(source: str) -> dict[str, Any]:
     return {line.targets[0].id: ast.literal_eval(line.value) for line in pairs if isinstance(line.targets[0], ast.Name)}
 
 
-def _values(source: str, used: set[str]) -> str:
-    """The injected cell as a table, a line per key of a nested value; the rest of the profile is folded."""
+def _values(source: str, used: set[str], defaults: dict[str, Any]) -> str:
+    """The injected cell as a table: of a nested value what the profile set, the rest folded, as is what others read."""
     rows: dict[bool, list[str]] = {True: [], False: []}
     for name, value in _assigned(source).items():
-        lines = [f"{key}: {part!r}" for key, part in value.items()] if isinstance(value, dict) else [repr(value)]
-        cells = "<br>".join(f"<code>{escape(line)}</code>" for line in lines)
+        usual = defaults.get(name)
+        given, rest = {}, {}
+        if isinstance(value, dict):
+            for key, part in value.items():
+                same = isinstance(usual, dict) and key in usual and usual[key] == part
+                (rest if same else given)[key] = part
+            cells = _lines(given)
+            if rest:
+                cells += f"<details><summary>{len(rest)} as by default</summary>{_lines(rest)}</details>"
+        else:
+            cells = f"<code>{escape(repr(value))}</code>"
         rows[name in used].append(f'<tr><th scope="row"><code>{escape(name)}</code></th><td>{cells}</td></tr>')
-    shown, rest = (
+    shown, rest_rows = (
         f'<div {SCROLL}><table class="values"><tbody>{"".join(part)}</tbody></table></div>' for part in rows.values()
     )
-    others = f"<details><summary>{len(rows[False])} parameters of other notebooks</summary>{rest}</details>"
+    others = f"<details><summary>{len(rows[False])} parameters of other notebooks</summary>{rest_rows}</details>"
     return shown + (others if rows[False] else "")
+
+
+def _lines(values: dict[str, Any]) -> str:
+    return "<br>".join(f"<code>{escape(f'{key}: {part!r}')}</code>" for key, part in values.items())

@@ -24,11 +24,18 @@ TRANSPARENT = {"root", "include", "glossary", "header", "footer", "mystRole", "m
 class Renderer:
     """Renders one page. `resolve(url)` turns a site URL into a relative file name, `report(name)` finds a report."""
 
-    def __init__(self, resolve: Callable[[str], str], report: Callable[[str], str], read: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        resolve: Callable[[str], str],
+        report: Callable[[str], str],
+        read: Callable[[str], str],
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
         self.resolve, self.report, self.read = resolve, report, read
+        self.defaults = defaults or {}  # of every parameter, by the schema
         self.headings: list[tuple[int, str, str]] = []
         self.footnotes: list[str] = []
-        self.defaults: set[str] = set()  # names that the notebook's own parameters cell assigns
+        self.declared: set[str] = set()  # names that the notebook's own parameters cell assigns
 
     def page(self, tree: Node) -> str:
         body = self.one(tree)
@@ -112,7 +119,19 @@ def item(r: Renderer, node: Node) -> str:
 
 
 def table(r: Renderer, node: Node) -> str:
-    return f"<div {SCROLL}><table{attributes(node)}>{r.many(node)}</table></div>"
+    """Leading rows of nothing but headers become the head."""
+    rows = node.get("children", [])
+    count = next((i for i, row in enumerate(rows) if not all(c.get("header") for c in row["children"])), len(rows))
+    head, body = ("".join(r.one(row) for row in part) for part in (rows[:count], rows[count:]))
+    head = f"<thead>{head}</thead>" if head else ""
+    return f"<div {SCROLL}><table{attributes(node)}>{head}<tbody>{body}</tbody></table></div>"
+
+
+def span(r: Renderer, node: Node) -> str:
+    """A span of class `report` names a report of the run's folder and leads to the copy of it."""
+    if node.get("class") == "report" and (url := r.report(plain(node))):
+        return f'<a href="{escape(url)}"><code>{r.many(node)}</code></a>'
+    return box("span")(r, node)
 
 
 def cell(r: Renderer, node: Node) -> str:
@@ -167,7 +186,7 @@ RULES: dict[str, Callable[[Renderer, Node], str]] = {
     "heading": heading, "link": link, "crossReference": reference, "math": math, "inlineMath": math, "image": image,
     "list": items, "listItem": item, "table": table, "tableCell": cell, "admonition": admonition, "block": block,
     "admonitionTitle": box("p", "title"), "cardTitle": box("p", "title"), "details": box("details"), "div": box("div"),
-    "span": box("span"), "aside": box("aside"), "container": box("figure"), "grid": box("div", "grid"), "card": card,
+    "span": span, "aside": box("aside"), "container": box("figure"), "grid": box("div", "grid"), "card": card,
     "tabSet": box("div", "tabs"), "tabItem": tab, "footnoteDefinition": footnote, "footnoteReference": footnote_mark,
     "outputs": outputs,
 }  # fmt: skip

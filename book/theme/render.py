@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from nodes import Renderer
+from single import PAGES, bodies
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,6 +31,7 @@ class Site:
         slugs = [entry["slug"] for entry in self.entries if "slug" in entry]
         self.files = {slug: "index.html" if slug == slugs[0] else address(slug.replace(".", "/")) for slug in slugs}
         self.slugs = {file: slug for slug, file in self.files.items()}
+        self.single, self.single_file = PAGES[-1], f"signoff/sign-off-{run['run']}.html"
 
     def load(self, slug: str) -> dict[str, Any]:
         return json.loads((self.site / "content" / f"{slug}.json").read_text(encoding="utf-8"))
@@ -64,9 +66,11 @@ def _common(left: tuple[str, ...], right: tuple[str, ...]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
+JINJA = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
 def write_pages(site: Site) -> None:
-    jinja = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = jinja.get_template("page.html")
+    template = JINJA.get_template("page.html")
     stages = {slug: site.stage(slug) for slug in site.files}
     order = list(site.files)
     titles = {entry["slug"]: entry["title"] for entry in site.entries if "slug" in entry}
@@ -77,6 +81,7 @@ def write_pages(site: Site) -> None:
             resolve=lambda url, up=up: site.resolve(url, up),
             report=lambda source, up=up: site.report(source, up),
             read=site.read,
+            defaults=site.run["defaults"],
         )
         body = renderer.page(page["mdast"])
         around = {"before": position - 1, "after": position + 1}
@@ -110,6 +115,9 @@ def main() -> None:
     names = [path.relative_to(reports).as_posix() for path in sorted(reports.rglob("*.html"))]
     site = Site(build / "site", out, json.loads((source / "run.json").read_text(encoding="utf-8")), names)
     write_pages(site)
+    style = (HERE / "book.css").read_text(encoding="utf-8")
+    whole = JINJA.get_template("single.html").render(site=site, style=style, bodies=bodies(site.load, site.read))
+    (out / site.single_file).write_text(whole, encoding="utf-8")
     (out / "files").mkdir()
     for name in sorted(site.used):  # mystmd also keeps raw outputs there: those stay out
         shutil.copy(site.site / "public" / name, out / "files")
