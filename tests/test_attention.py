@@ -48,8 +48,8 @@ def drawn_scopes(rows: int, length: int, enforce: bool, classes: int = 3) -> Sco
 
 
 def dense(layer: SelfAttention, x: torch.Tensor, positions: torch.Tensor, scopes: Scopes | None = None) -> tuple:
-    """Output [L, hidden], forbidden mass [L, heads], probabilities [heads, L, keys] and which keys are seen [L, keys] of a
-    row from the definition: a list of all keys, each a set of tokens; a square mask; one softmax.
+    """Output [L, hidden], forbidden mass [L, heads], probabilities [heads, L, keys] and which keys are seen [L, keys],
+    of a row from the definition: a list of all keys, each a set of tokens; a square mask; one softmax.
     """
     c, (length, _) = layer.config, x.shape
     cut, w, group = Cut.of(c, layer.pattern), c.sliding_window, c.num_attention_heads // c.num_key_value_heads

@@ -18,7 +18,7 @@ def statistics(
     config: StackConfig, pattern: str, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], layout: Layout,
     k: Tensor, v: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """From chunked queries, keys and values [n, heads, ., d] of each part of rows, and the plain k and v [b, L, heads, d].
+    """From chunked queries, keys and values [n, heads, ., d] of each part of rows, and the plain k, v [b, L, heads, d].
 
     Per head: `entropy`, mean of H / log(visible keys) over queries that see more than one key (the null slot counts),
     `masked_edge_share`, probability on keys that causality or the pattern forbid, and `kernel_error`, how far the
