@@ -10,8 +10,8 @@ from stackpkg import params
 from stackpkg.model import build
 from stackpkg.objectives import Pairs
 from stackpkg.objectives.routing import Routed
+from stackpkg.telemetry import probes
 from stackpkg.telemetry.probes import (
-    probes.BINS,
     model_statistics,
     normalised_entropy,
     retrieval_statistics,
