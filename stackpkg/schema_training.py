@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stackpkg.schema import Section, Share
 
@@ -110,8 +110,12 @@ class Cluster(Section):
     claim: str = Field("", description="Kubernetes: volume claim that holds the repository")
 
 
+Probe = Literal["routing", "retrieval", "update", "attention"]
+EVERY: dict[Probe, int] = {"routing": 10, "retrieval": 10, "update": 50, "attention": 100}
+
+
 class Telemetry(Section):
-    """What a job tells while it runs, beside its rows."""
+    """What a job tells while it runs: its rows, and beside them."""
 
     export: bool = Field(False, description="gauges for Prometheus on a free port of loopback, as outbox/.targets says")
     report_to: list[Literal["tensorboard", "mlflow", "wandb", "trackio"]] = Field(
@@ -120,6 +124,22 @@ class Telemetry(Section):
     hash_sources: bool = Field(
         False, description="sources as salted SHA-256 where provenance is told: trace, query, data cards"
     )
+    every: dict[Probe, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=lambda: dict(EVERY),
+        description="optimiser steps between two runs of a probe, laid over the default; 0: never. At most this often: "
+        "see `budget`",
+    )
+    budget: Share = Field(
+        0.01, description="largest share of a job's time that its probes take; over it the dearest runs half as often"
+    )
+    peak_tflops: float = Field(
+        0.0, ge=0, description="what one device can do in the type of `precision`; 0: measured at the start by a matmul"
+    )
+
+    @field_validator("every")
+    @classmethod
+    def _over_the_default(cls, given: dict[Probe, int]) -> dict[Probe, int]:
+        return EVERY | given
 
 
 class Evaluation(Section):

@@ -1,5 +1,6 @@
 """Attention: parity of each pattern and pooling with a dense definition, exact causality, linear mode, scopes."""
 
+import copy
 import itertools
 import math
 
@@ -16,6 +17,7 @@ from stackpkg.model.attention import SelfAttention
 from stackpkg.model.patterns import Cut, documents, layout
 from stackpkg.model.rotary import rotary, rotate
 from stackpkg.model.scopes import Scopes
+from stackpkg.model.statistics import SAMPLED
 from stackpkg.model.summaries import pool, pyramid
 
 SMALL = {
@@ -46,8 +48,8 @@ def drawn_scopes(rows: int, length: int, enforce: bool, classes: int = 3) -> Sco
 
 
 def dense(layer: SelfAttention, x: torch.Tensor, positions: torch.Tensor, scopes: Scopes | None = None) -> tuple:
-    """Output [L, hidden] and forbidden mass [L, heads] of a row from the definition: a list of all keys, each a set of
-    tokens; a square mask; one softmax.
+    """Output [L, hidden], forbidden mass [L, heads], probabilities [heads, L, keys] and which keys are seen [L, keys],
+    of a row from the definition: a list of all keys, each a set of tokens; a square mask; one softmax.
     """
     c, (length, _) = layer.config, x.shape
     cut, w, group = Cut.of(c, layer.pattern), c.sliding_window, c.num_attention_heads // c.num_key_value_heads
@@ -71,7 +73,7 @@ def dense(layer: SelfAttention, x: torch.Tensor, positions: torch.Tensor, scopes
             if c.summary_pooling == "max":
                 k, value = raw[mine].amax(0), v[mine].amax(0)
             else:
-                weight = torch.ones(len(mine), c.num_key_value_heads)
+                weight = x.new_ones(len(mine), c.num_key_value_heads)
                 if c.summary_pooling == "attention":
                     weight = layer.pool(layer.k_norm(raw[mine]))[..., 0].exp()
                 k, value = ((t[mine] * weight[..., None]).sum(0) / weight.sum(0)[:, None] for t in (raw, v))
@@ -109,13 +111,17 @@ def dense(layer: SelfAttention, x: torch.Tensor, positions: torch.Tensor, scopes
     k, value = (torch.stack([keys[n][i] for n in names]).repeat_interleave(group, 1) for i in (0, 1))
     logits = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(c.head_dim)
     p = logits.masked_fill(~mask, -torch.inf).softmax(-1)
-    return layer.o_proj(torch.einsum("hqk,khd->qhd", p, value).flatten(1)), torch.einsum("hqk,qk->qh", p, share)
+    out = layer.o_proj(torch.einsum("hqk,khd->qhd", p, value).flatten(1))
+    return out, torch.einsum("hqk,qk->qh", p, share.to(p)), p, mask
 
 
-def run(layer: SelfAttention, x: torch.Tensor, positions: torch.Tensor, scopes: Scopes | None = None) -> tuple:
+def run(
+    layer: SelfAttention, x: torch.Tensor, positions: torch.Tensor, scopes: Scopes | None = None, measure: bool = False
+) -> tuple:
     positions = positions.expand(x.shape[:2])
     shared = rotary(layer.config, positions, x.dtype), documents(positions)
-    return layer(x, *shared, {layer.pattern: layout(layer.config, layer.pattern, positions, x.dtype, scopes)}, scopes)
+    layouts = {layer.pattern: layout(layer.config, layer.pattern, positions, x.dtype, scopes)}
+    return layer(x, *shared, layouts, scopes, measure)
 
 
 @pytest.mark.parametrize("lengths", [[1], [7], [64], [90], [5, 40, 1, 30]], ids=str)
@@ -280,9 +286,9 @@ def test_a_constant_block_is_its_own_summary(pooling: str) -> None:
 def kernel(layer: SelfAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     if layer.config.feature_map == "elu":
         return torch.einsum("qhm,khm->hqk", torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1)
-    features = layer.features / 8**0.25
+    features, dtype = layer.features / 8**0.25, q.dtype
     q, k = ((t @ features.T - t.square().sum(-1, keepdim=True) / (2 * math.sqrt(8))).double().exp() for t in (q, k))
-    return torch.einsum("qhm,khm->hqk", q, k).float() / len(features)
+    return torch.einsum("qhm,khm->hqk", q, k).to(dtype) / len(features)
 
 
 @pytest.mark.parametrize("scoped", [None, False, True])
@@ -366,7 +372,7 @@ def test_scopes_equal_the_dense_definition(pattern: str, pooling: str, enforce: 
     for lengths in ([70], [23, 40]):
         x, scopes = torch.randn(1, sum(lengths), 32), drawn_scopes(1, sum(lengths), enforce)
         out, _, mass = run(layer, x, packed(lengths), scopes)
-        expected, forbidden = dense(layer, x[0], packed(lengths)[0], scopes)
+        expected, forbidden, *_ = dense(layer, x[0], packed(lengths)[0], scopes)
         torch.testing.assert_close(out[0], expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(mass[0], forbidden, atol=1e-5, rtol=1e-5)
         assert (mass == 0).all() if enforce else mass.max() > 0.1
@@ -416,6 +422,75 @@ def test_entropy_is_1_when_attention_is_uniform_and_no_edge_is_forbidden(mode: d
     found = attention_statistics(model, tokens(2, 300))
     torch.testing.assert_close(found["entropy"], torch.ones(2, 4), atol=1e-4, rtol=1e-4)
     assert found["masked_edge_share"].shape == (2, 4) and found["masked_edge_share"].max() == 0
+
+
+def row_entropy(p: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Per head, mean of H / log(visible keys) of the queries that see more than one; p [heads, L, keys]."""
+    many = seen.sum(-1)
+    counted = many > 1
+    return (torch.special.entr(p).sum(-1) / many.clamp_min(2).log())[:, counted].mean(1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=3), pooling=st.sampled_from(POOLINGS),
+    sharp=st.sampled_from((0.0, 1.0, 5.0, 40.0)), each=st.sampled_from((0, 1, 2)), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_entropy_is_that_of_the_dense_definition_in_every_pattern(
+    pattern: str, lengths: list[int], pooling: str, sharp: float, each: int, seed: int
+) -> None:
+    model = small(seed, attention_pattern=pattern, summary_pooling=pooling, summaries_per_block=each)
+    torch.manual_seed(seed)
+    for layer in model.model.layers[: 1 + (pattern == "hybrid")]:
+        attention, x, positions = layer.self_attn, torch.randn(1, sum(lengths), 32), packed(lengths)
+        attention.q_norm.weight.data.mul_(sharp)
+        found = run(attention, x, positions, measure=True)[1]
+        wide = copy.deepcopy(attention).double()
+        with torch.no_grad():
+            *_, p, seen = dense(wide, x[0].double(), positions[0])
+        torch.testing.assert_close(found["entropy"].double(), row_entropy(p, seen), atol=1e-5, rtol=0)
+        assert found["masked_edge_share"].max() == 0 and found["kernel_error"].max() < 1e-5
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(2, 80), min_size=1, max_size=3), name=st.sampled_from(("elu", "favor")),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_entropy_of_linear_attention_is_exact_at_the_queries_it_looks_at(
+    lengths: list[int], name: str, seed: int
+) -> None:
+    length = sum(lengths)
+    model = small(seed, **LINEAR, feature_map=name)
+    attention, x, positions = model.model.layers[0].self_attn, torch.randn(1, length, 32), packed(lengths)
+    found = attention(x, rotary(model.config, positions, x.dtype), documents(positions), None, measure=True)[1]
+    wide, document = copy.deepcopy(attention).double(), documents(positions)[0]
+    with torch.no_grad():
+        q, k, *_ = wide.rotated(x.double(), *rotary(model.config, positions, torch.double))
+        weights = kernel(wide, q[0], k[0].repeat_interleave(2, 1))
+    seen = (document[:, None] == document).tril()
+    p = weights * seen / (weights * seen).sum(-1, keepdim=True)
+    looked = torch.linspace(1, length - 1, SAMPLED).long()
+    torch.testing.assert_close(found["entropy"].double(), row_entropy(p[:, looked], seen[looked]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", [*MODES[::4], *MODES[-2:]], ids=str)
+def test_measuring_attention_makes_no_square_tensor(mode: dict) -> None:
+    length = 2048
+    model = small(**mode, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    with Largest() as largest:
+        attention_statistics(model, tokens(1, length))
+    assert largest.numbers < length * length / 4, f"a tensor of {largest.numbers} numbers at {length} tokens"
+
+
+def test_a_kernel_that_does_not_heed_its_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda q, k, v, mask, **more: honest(q, k, v, torch.zeros_like(mask), **more),
+    )  # fmt: skip
+    assert (attention_statistics(small(), tokens(1, 50))["kernel_error"] > 0.01).all()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3])

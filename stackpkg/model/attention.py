@@ -101,7 +101,7 @@ class SelfAttention(Projections):
         )
         queries = [cut.chunks(part).flatten(0, 2).transpose(1, 2) for part in q]
         keys, values = cut.keys(k, far_k, levels.chosen), cut.keys(v, far_v, levels.chosen)
-        found = statistics(self.config, self.pattern, queries, keys, layout, k, v) if measure else None
+        found = statistics(self.config, self.pattern, queries, keys, values, layout, k, v) if measure else None
         if layout.classes is not None:
             classes = layout.classes[0].shape[-1]
             values = [

@@ -172,7 +172,12 @@ def attention_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str,
     """
     if not isinstance(model, StackForCausalLM):
         return {}
-    layers = model(input_ids=input_ids, output_attention_statistics=True, logits_to_keep=1).attention_statistics
+    return by_layer(model(input_ids=input_ids, output_attention_statistics=True, logits_to_keep=1))
+
+
+def by_layer(outputs: StackOutput) -> dict[str, Tensor]:
+    """The attention statistics of a forward that measured them, each [layers, ...]."""
+    layers = outputs.attention_statistics or ()
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 

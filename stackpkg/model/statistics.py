@@ -15,26 +15,29 @@ SAMPLED = 64  # queries of a row that `linear_statistics` looks at
 
 @torch.no_grad()
 def statistics(
-    config: StackConfig, pattern: str, queries: list[Tensor], keys: list[Tensor], layout: Layout, k: Tensor, v: Tensor
-) -> dict[str, Tensor]:
-    """From chunked queries and keys [n, heads, ., d] of each part of rows, and the plain k and v [b, L, heads, d].
+    config: StackConfig, pattern: str, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], layout: Layout,
+    k: Tensor, v: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
+    """From chunked queries, keys and values [n, heads, ., d] of each part of rows, and the plain k, v [b, L, heads, d].
 
-    Per head: `entropy`, mean of H / log(visible keys) over rows that see more than one key (the null slot counts),
-    and `masked_edge_share`, probability on keys that causality or the pattern forbid. Then the KV codec's round trip,
-    and what `kv_codec.replay` says of the first row: a chunk of queries reads, of the blocks behind its window, the one
-    whose summary each head attends to most.
-    The probabilities are those of the kernel itself, read by giving it the identity as values; the forbidden edges
-    are derived from token positions, not from the mask.
+    Per head: `entropy`, mean of H / log(visible keys) over queries that see more than one key (the null slot counts),
+    `masked_edge_share`, probability on keys that causality or the pattern forbid, and `kernel_error`, how far the
+    kernel's output lies from what these probabilities give, at most, as a share of the largest value. Then the KV
+    codec's round trip, and what `kv_codec.replay` says of the first row: a chunk of queries reads, of the blocks behind
+    its window, the one whose summary each head attends to most.
+    The forbidden edges are derived from token positions, not from the mask that the kernel gets.
     """
     (batch, length), w, cut, levels = k.shape[:2], config.sliding_window, layout.cut, layout.pyramid
     token = torch.arange(length, device=k.device)[None]
     # of a summary the last token of its last block must lie in the past, not only its own last token
     last = (levels.last // config.block_size + 1)[levels.chosen] * config.block_size - 1
     places = zip(cut.split(token, length), cut.near(token, -1), last.split(cut.sizes(len(last))), strict=True)
-    entropy = share = counted = k.new_zeros((), dtype=torch.float32)
+    entropy = share = counted = apart = torch.zeros((), dtype=_wide(k.dtype), device=k.device)
     reads = dict[int, set[int]]()
-    for q, keys_of, mask, (query, seen_near, far) in zip(queries, keys, layout.masks, places, strict=True):
-        p = probabilities(q, keys_of, mask).unflatten(0, (batch, -1))  # [b, n / b, heads, chunk, keys]
+    parts = zip(queries, keys, values, layout.masks, places, strict=True)
+    for q, keys_of, values_of, mask, (query, seen_near, far) in parts:
+        uncertain, p = softmax_entropy(q, keys_of, mask)
+        apart = apart.maximum(kernel_error(q, keys_of, values_of, mask, p))
         query, near = query.flatten(0, 2)[..., None], torch.cat(seen_near, 3).flatten(0, 2)[:, None]
         back = query - near
         if pattern == "block":
@@ -44,13 +47,13 @@ def statistics(
         ends = far.repeat(cut.dilation, 1)
         later = ends[:, None] > query
         hidden = torch.cat(((back < 0) | (near < 0) | outside, torch.zeros_like(outside[..., :1]), later), -1)[:, None]
+        # of each row's queries [b, n / b, heads, chunk]
+        uncertain, p = (t.unflatten(0, (batch, -1)) for t in (uncertain, p))
         seen = (mask == 0).sum(-1).unflatten(0, (batch, -1))
-        rows = (query[..., 0] < length)[:, None] & (seen > 1)  # [b, n / b, 1, chunk]
-        # H / log n, with H = -sum_j p_j log p_j over the n visible keys
-        certainty = torch.special.entr(p).sum(-1) / seen.clamp_min(2).log()
+        rows = (query[..., 0] < length)[:, None] & (seen > 1)
         entropy, share = (
             total + (value * rows).sum((0, 1, 3))
-            for total, value in ((entropy, certainty), (share, (p * hidden).sum(-1)))
+            for total, value in ((entropy, uncertain / seen.clamp_min(2).log()), (share, (p * hidden).sum(-1)))
         )
         counted = counted + rows.sum()
         if ends.shape[1]:
@@ -60,16 +63,34 @@ def statistics(
             for now, wanted in zip(at.tolist(), blocks.tolist(), strict=True):
                 reads.setdefault(now, set()).update(block for block in wanted if block >= 0)
     codec = kv_codec.measure(k, v, keep=w) | kv_codec.replay(k[:1], v[:1], reads, config.block_size, w)
-    return {"entropy": entropy / counted, "masked_edge_share": share / counted, **codec}
+    found = {"entropy": entropy / counted, "masked_edge_share": share / counted, "kernel_error": apart}
+    return found | codec
 
 
-def probabilities(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """What the kernel gives each key, fp32 [n, heads, chunk, keys]: the output for the identity as values."""
-    count, width = keys.shape[2], queries.shape[-1]
-    identity = F.pad(torch.eye(count, dtype=keys.dtype, device=keys.device), (0, -count % width))
-    parts = [part.expand(*keys.shape[:2], -1, -1) for part in identity.split(width, 1)]
-    read = [F.scaled_dot_product_attention(queries, keys, part, mask, enable_gqa=True) for part in parts]
-    return torch.cat(read, -1)[..., :count].float()
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float)
+
+
+def softmax_entropy(queries: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [n, heads, chunk, d], keys [n, kv heads, keys, d] and a mask of 0 and -inf -> the entropy of each query's
+    softmax [n, heads, chunk], in nats, and the probabilities [n, heads, chunk, keys]; at least fp32.
+    """
+    wide = _wide(queries.dtype)
+    grouped = queries.to(wide).unflatten(1, (keys.shape[1], -1))
+    scores = (grouped @ keys.to(wide)[:, :, None].mT).flatten(1, 2).mul_(queries.shape[-1] ** -0.5).add_(mask)
+    # s - max_j s_j changes neither softmax nor entropy, and leaves nothing large to cancel below
+    scores -= scores.amax(-1, keepdim=True)
+    normaliser = scores.logsumexp(-1, keepdim=True)
+    p = (scores - normaliser).exp_()
+    # H = -sum_j p_j log p_j = log sum_j exp(s_j) - sum_j p_j s_j
+    return normaliser[..., 0] - (p * scores.masked_fill_(mask == -torch.inf, 0)).sum(-1), p
+
+
+def kernel_error(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, p: Tensor) -> Tensor:
+    """Per head, the largest distance of the kernel's output from p v, over the largest value."""
+    out = F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True)
+    wanted = (p.unflatten(1, (values.shape[1], -1)) @ values.to(p.dtype)[:, :, None]).flatten(1, 2)
+    return (out - wanted).abs().amax((0, 2, 3)) / values.abs().max().clamp_min(1e-12)
 
 
 @torch.no_grad()

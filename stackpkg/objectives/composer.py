@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,7 +70,7 @@ def tap(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor)
 
 
-def norms(squares: Mapping[str, float]) -> dict[str, float]:
+def norms(squares: Mapping[str, Any]) -> dict[str, Any]:
     """`Step.squares`, summed over micro-batches and ranks -> norm of each term's gradient with respect to what the
     model returned (logits, router logits, embeddings) in the whole step, however it was split, and the cosine in
     [-1, 1] between regret's and load balance's.
@@ -79,10 +78,10 @@ def norms(squares: Mapping[str, float]) -> dict[str, float]:
     Norms with respect to outputs need no second pass through the network. They tell which term pulls harder than
     before; between terms on different outputs they are not in one unit.
     """
-    found = {name: math.sqrt(value) for name, value in squares.items() if name != "regret_load_balance"}
+    found = {name: value**0.5 for name, value in squares.items() if name != "regret_load_balance"}
     if "regret_load_balance" in squares:
         scale = found["regret"] * found["load_balance"]
-        found["cosine_regret_load_balance"] = squares["regret_load_balance"] / scale if scale else 0.0
+        found["cosine_regret_load_balance"] = squares["regret_load_balance"] / (scale + (scale == 0))
     return found
 
 
@@ -98,6 +97,12 @@ class Composer:
         self.usage: Tensor | None = None  # [layers, experts]
         self.bandit, self.recent = bandit.Bandit(weights.reward_horizon), Recent()
         self._chosen: Tensor | None = None  # choices per expert since the last `after_step`, this rank
+        # whether gradient norms are taken in a step: runs what takes them, or not
+        self.sometimes: Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = self._at_cadence
+
+    def _at_cadence(self, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        every = self.weights.norms_every
+        return measure() if every and self.steps % every == 0 else {}
 
     def weight(self, name: str) -> float:
         """The weight of a term in the step at hand: step s of a ramp over n steps has s / n of it."""
@@ -154,7 +159,7 @@ class Composer:
             counts.ranks * torch.stack(list(scaled.values())).sum(),
             {name: value.detach() for name, value in shown.items()},
             {name: value.detach() for name, value in scaled.items()},
-            self._squares(scaled, terms) if w.norms_every and self.steps % w.norms_every == 0 else {},
+            self.sometimes(lambda: self._squares(scaled, terms)),
         )
 
     def _squares(self, scaled: Mapping[str, Tensor], terms: Mapping[str, Term]) -> dict[str, Tensor]:

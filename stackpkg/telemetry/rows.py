@@ -1,12 +1,14 @@
 """One row per step and rank, keyed (run, attempt, rank, step): append-only JSONL while training, Parquet after.
 
-Non-finite values are kept as they are: a NaN that telemetry hides can't raise an alert.
+Non-finite values are kept as they are: a NaN that telemetry hides can't raise an alert. Values of each layer or head
+are nested lists, in Parquet too; what an alert or an indicator reads is a number of its own.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from stackpkg.runs import replacing
 from stackpkg.telemetry.privacy import clean
@@ -30,29 +34,56 @@ QUALIFY attempt = max(attempt) OVER (PARTITION BY run, step)
 
 
 class RowWriter:
-    """Appends rows of one rank, out of `ranks`, and attempt; flushed in blocks, at every checkpoint and at the end."""
+    """Appends rows of one rank, out of `ranks`, and attempt, in blocks: of `FLUSH_ROWS`, or less at a checkpoint and at
+    the end. What a row says later is on the device until then, and comes from there in one copy a block.
+    """
 
     def __init__(self, folder: Path, run: str, attempt: int, rank: int, ranks: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         path = folder / f"rank-{rank:05d}.jsonl"
         torn = path.exists() and not path.read_bytes().endswith(b"\n")
         self._stream = path.open("a", encoding="utf-8")
         if torn:  # the attempt before was killed in the middle of a line
             self._stream.write("\n")
         self._key = {"run": run, "attempt": attempt, "rank": rank, "ranks": ranks}
-        self._pending = 0
+        self._held: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
+        self.complete: Callable[[list[dict[str, Any]]], None] = lambda rows: None  # adds to the rows of a block
 
-    def write(self, step: int, **series: Any) -> dict[str, Any]:
+    def write(self, step: int, later: Mapping[str, Tensor] | None = None, **series: Any) -> dict[str, Any]:
+        """The row of `step`, as far as it is known now; `later` are values that stay on the device until the flush."""
         row = {**self._key, "step": step, "time": time.time(), **clean(series)}
-        self._stream.write(json.dumps(row) + "\n")
-        self._pending += 1
-        if self._pending >= FLUSH_ROWS:
-            self.flush()
+        self._held.append((row, later or {}))
+        if len(self._held) >= FLUSH_ROWS:
+            self.settle()
         return row
 
+    def settle(self) -> None:
+        """End the block; all ranks do so at the same step, for `complete` may ask the others."""
+        if self._held:
+            self.complete([row for row, _ in self._held])
+        self.flush()
+
     def flush(self) -> None:
+        """Put on disk what there is, without asking anybody."""
+        for row in copied(self._held):
+            self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
-        self._pending = 0
+        self._held = []
+
+
+def copied(held: list[tuple[dict[str, Any], Mapping[str, Tensor]]]) -> list[dict[str, Any]]:
+    """Rows with their values on the device among them, all of which take one copy; numbers in lists to six decimals."""
+    tensors = [value.detach().double().flatten() for _, later in held for value in later.values()]
+    numbers = torch.cat([each.to(tensors[0].device) for each in tensors]).cpu().numpy() if tensors else np.empty(0)
+    rows, at = [], 0
+    for row, later in held:
+        found = dict[str, Any]()
+        for name, value in later.items():
+            part = numbers[at : at + value.numel()].reshape(value.shape)
+            found[name], at = (part.round(6) if value.dim() else part).tolist(), at + value.numel()
+        rows.append(row | found)
+    return rows
 
 
 def read(folder: Path) -> pd.DataFrame:

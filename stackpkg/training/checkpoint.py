@@ -29,6 +29,7 @@ from stackpkg.objectives import Composer, routing
 from stackpkg.runs import read_json
 from stackpkg.telemetry.guard import Guard
 from stackpkg.training.ema import ShardedEMA
+from stackpkg.training.measuring import Measuring
 from stackpkg.training.recovery import Skips
 from stackpkg.training.versions import RETRIEVER, RETRIEVER_FILE, ROUTER, ROUTER_FILE, compatible
 
@@ -118,6 +119,7 @@ class Kept(Protocol):
     ema: ShardedEMA
     skips: Skips
     guard: Guard
+    measuring: Measuring
     retriever: Retriever
 
 
@@ -129,6 +131,7 @@ def write(folder: Path, kept: Kept, choice: Mapping[str, Tensor]) -> None:
         "ema_updates": kept.ema.updates,
         "skips": kept.skips.state_dict(),
         "guard": json.dumps(kept.guard.state_dict()),
+        "measuring": json.dumps(kept.measuring.state_dict()),
         "recent": kept.composer.recent.state_dict(),
     }
     torch.save(scalars, folder / "state.pt")
@@ -143,6 +146,7 @@ def read(folder: Path, kept: Kept) -> None:
     kept.ema.resume(scalars["ema_updates"])
     kept.skips.load_state_dict(scalars["skips"])
     kept.guard.load_state_dict(json.loads(scalars["guard"]))
+    kept.measuring.load_state_dict(json.loads(scalars.get("measuring", "{}")))
     kept.composer.recent.load_state_dict(scalars["recent"])
     read_router(folder, kept.composer)
     read_retriever(folder, kept.retriever)

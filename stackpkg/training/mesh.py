@@ -29,10 +29,8 @@ class Mesh:
     def data_rank(self) -> int:
         return dist.get_rank(self.data)
 
-    def norm(self, tensors: Iterable[Tensor]) -> Tensor:
-        """L2 norm, fp64, over all ranks: what is held several times counts once. A collective; all ranks agree, and a
-        number that is not finite on any rank reaches all of them.
-        """
+    def squares(self, tensors: Iterable[Tensor]) -> Tensor:
+        """This rank's part of the squared L2 norm, fp64; in their sum what is held several times counts once."""
         weighed: dict[float, list[Tensor]] = {}
         for tensor in tensors:
             share = parts(tensor) * self.layout.pp / self.layout.processes  # of a square: over the ranks of one stage
@@ -44,12 +42,20 @@ class Mesh:
             rows = [torch.linalg.vector_norm(shard, dim=-1, dtype=_at_least_fp32(shard)) for shard in shards]
             norms = torch.stack(torch._foreach_norm(rows, 2, dtype=torch.double))
             squares += share * norms.square().sum()
-        dist.all_reduce(squares)
-        return squares.sqrt()
+        return squares
 
-    def clip(self, gradients: Sequence[Tensor], largest: float) -> Tensor:
-        """Scale the gradients in place so that their global norm is at most `largest`; the norm before, fp32."""
-        norm = self.norm(gradients)
+    def norm(self, tensors: Iterable[Tensor], squares: Tensor | None = None) -> Tensor:
+        """L2 norm, fp64, over all ranks, of `tensors` or of what they gave as `squares`. A collective; all ranks agree,
+        and a number that is not finite on any rank reaches all of them.
+        """
+        total = self.squares(tensors) if squares is None else squares.clone()
+        dist.all_reduce(total)
+        return total.sqrt()
+
+    def clip(self, gradients: Sequence[Tensor], largest: float, norm: Tensor | None = None) -> Tensor:
+        """Scale the gradients in place so that their global norm, `norm` where it is known, is at most `largest`; the
+        norm before, fp32."""
+        norm = self.norm(gradients) if norm is None else norm
         # g <- g min(1, c / (|g| + 1e-6))   (Pascanu et al. 2013, alg. 1; the constant is torch's)
         scale = (largest / (norm + 1e-6)).clamp(max=1.0).float()
         if gradients:

@@ -124,7 +124,7 @@ class Watched(StackTrainer):
             self.gradients = {name: full(p.grad) for name, p in named if p.grad is not None}
         return super()._clip_grad_norm(model)
 
-    def _measure(self, loss: float, grad_norm: float, learning_rate: float) -> dict[str, Any]:
+    def _measure(self, loss: Tensor, grad_norm: float, learning_rate: float) -> dict[str, Any]:
         row = super()._measure(loss, grad_norm, learning_rate)
         self.seen.append([row["loss"], grad_norm, row["weight_norm"]])
         return row

@@ -246,12 +246,12 @@ class Pipeline:
         told: list[Any] = [None]
         loss, knows = self.loss, self.last in self.mine
         if knows:
-            seen = tree_map_only(Tensor, lambda t: t.detach().cpu(), (losses, loss.raw, loss.routing))
+            seen = tree_map_only(Tensor, lambda t: t.detach().cpu(), (losses, loss.raw, loss.probed))
             told = [(*seen, loss.composer.observed)]
         dist.broadcast_object_list(told, group=self.group, group_src=self.place(self.last))
         losses, *seen, observed = told[0]
         if not knows:
-            loss.raw, loss.routing = tree_map_only(Tensor, lambda t: t.to(self.device), seen)
+            loss.raw, loss.probed = tree_map_only(Tensor, lambda t: t.to(self.device), seen)
             loss.composer.observe(observed, self.device)
         return torch.stack(losses).sum().to(self.device)
 

@@ -19,6 +19,7 @@ from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import checkpoint, stages, versions
 from stackpkg.training.ema import ShardedEMA
+from stackpkg.training.measuring import Measuring
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.recovery import Skips
 from stackpkg.training.saving import Cadence, Saver
@@ -39,6 +40,7 @@ class Resumable(Trainer):
     skips: Skips
     guard: Guard
     retriever: Retriever
+    measuring: Measuring
     rows: RowWriter
     _row: dict[str, Any]
 
@@ -72,7 +74,7 @@ class Resumable(Trainer):
             corpus = self.stream.corpus
             manifest.check(corpus.folder, corpus.version, passed_over(corpus.folder), manifest.OPENING // 16)
         self._write_row()
-        self.rows.flush()
+        self.rows.settle()
         self.saver.wait()
         super()._save_checkpoint(model, trial)
         self.saver.begin(step, checkpoint.tensors(self.network, self.optimizer.optimizer, self.ema), loss)

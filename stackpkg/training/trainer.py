@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +21,18 @@ from stackpkg.data.stream import Stream
 from stackpkg.evaluation import epoch
 from stackpkg.evaluation.metrics import evaluate_epoch
 from stackpkg.evaluation.retrieval import Retriever
-from stackpkg.objectives import StepCounts, norms
+from stackpkg.objectives import StepCounts
 from stackpkg.params import Params
 from stackpkg.telemetry import logbook, privacy
 from stackpkg.telemetry.guard import Guard
-from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import riders, snapshots, stop, versions
 from stackpkg.training.ema import ShardedEMA, reshard
 from stackpkg.training.faults import inject, spoilt
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
+from stackpkg.training.measuring import Measuring
 from stackpkg.training.mesh import Mesh
-from stackpkg.training.optim import effective_betas, optimizer
+from stackpkg.training.optim import optimizer
 from stackpkg.training.recovery import RollBack, Skips
 from stackpkg.training.reporting import Reporting
 from stackpkg.training.steploss import StepLoss
@@ -77,8 +76,9 @@ class StackTrainer(Reporting):
         self.skips, self.guard, self.faults = Skips(guard.named("TrainGradSpike")), guard, faults
         self.retriever = Retriever(stream, p)
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank, dist.get_world_size())
-        self._mark, self._update_skipped = time.perf_counter(), False
-        self._probed, self._row = dict[str, float](), dict[str, Any]()
+        about = model, p, mesh, stream, self.loss, self.rows, guard, folder / "telemetry" / f"{name}.events.jsonl"
+        self.measuring = Measuring(*about, self.args.device)
+        self._update_skipped, self._row = False, dict[str, Any]()
         known = stream.manifest_digest, model.config.to_dict(), folder / "artifacts"
         self.saves(versions.describe(p, name, attempt, *known), faults)
 
@@ -114,6 +114,7 @@ class StackTrainer(Reporting):
         tokens, answers, rows, *carried = counts.tolist()
         self.counts = StepCounts(tokens, answers, rows, self.ranks, *carried)
         self._sequence = batch_samples[0]["labels"].shape[1]
+        self.measuring.begin(self.state.global_step + 1)
         return counts[0]
 
     # ---- loss
@@ -143,8 +144,12 @@ class StackTrainer(Reporting):
             inject(fault, model, self.optimizer.optimizer, self.saver.settle, self.folder, **self._here())
         self.saver.staged()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = self.mesh.clip(gradients, self.args.max_grad_norm)
+        squares = self.mesh.squares(gradients)
+        norm = self.mesh.norm(gradients, squares)
+        self.measuring.gradients(gradients, squares, norm)
+        norm = self.mesh.clip(gradients, self.args.max_grad_norm, norm)
         self._update_skipped = self.skips.check(model, norm, self.state.global_step + 1)
+        self.measuring.update(self._update_skipped)
         # accelerate reports the step as skipped, so Trainer does not advance the schedule either
         self.optimizer._is_overflow = self._update_skipped
         return norm
@@ -157,63 +162,30 @@ class StackTrainer(Reporting):
             self.composer.after_step(not self._update_skipped, self.mesh.data)
             if not self._update_skipped:
                 self.ema.update()
-            self._row = self._measure(float(tr_loss), float(grad_norm), more["learning_rate"])
+            self._row = self._measure(tr_loss, float(grad_norm), more["learning_rate"])
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *rest, **more)
         if logged:  # it was subtracted from itself, which leaves NaN what is NaN (transformers 5.23)
             tr_loss.zero_()
         self._write_row()
-        self._mark = time.perf_counter()
+        if self.control.should_training_stop or self.state.global_step == self.args.max_steps:
+            self.rows.settle()
+        self.measuring.mark = time.perf_counter()
 
-    def _measure(self, loss: float, grad_norm: float, learning_rate: float) -> dict[str, Any]:
-        seconds = time.perf_counter() - self._mark
+    def _measure(self, loss: Tensor, grad_norm: float, learning_rate: float) -> dict[str, Any]:
         step = self.state.global_step
-        # raw terms add up over micro-batches and ranks; the loss was multiplied by the ranks for the mean of FSDP
-        names = sorted(self.loss.raw[0])
-        sums = torch.stack([torch.stack([micro[name] for micro in self.loss.raw]).sum() for name in names])
-        sums = torch.cat([sums.double(), torch.tensor([loss / self.ranks], device=sums.device, dtype=torch.double)])
-        dist.all_reduce(sums, group=self.mesh.data)
-        *terms, loss = sums.tolist()
-        routing = {name: float(value) for name, value in self.loss.routing.items()}
-        series = dict(zip(names, terms, strict=True)) | routing
-        squares = {name: series.pop(name) for name in names if name.startswith("square_")}
-        found = norms({name.removeprefix("square_"): value for name, value in squares.items()})
-        series |= {f"gradient_{name}": value for name, value in found.items()}
-        self.loss.raw.clear()
-        betas = effective_betas(self.p.optimization, step - self.skips.total)
-        weights = float(self.mesh.norm(self.network.parameters()))
-        if not math.isfinite(weights):  # where, is not seen in a gradient until that number is used
+        about = step - self.skips.total, self.counts, self._sequence, self._data_wait
+        row = self.measuring.row(step, loss, grad_norm, learning_rate, *about)
+        if not math.isfinite(row["weight_norm"]):  # where, is not seen in a gradient until that number is used
             raise RollBack(step, step)
-        if step == 1 or step % self.p.training.epoch_steps == 0:
-            held_out = (self.stream.validation(domain, 1)["input_ids"] for domain in self.stream.domains)
-            probe = torch.as_tensor(next(ids for ids in held_out if len(ids)), device=self.args.device)
-            self._probed = model_statistics(self.network, probe)
-            reshard(self.network)
-        return {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "weight_norm": weights,  # the same across a skip, to the last bit
-            "learning_rate": learning_rate,
-            "beta1_effective": betas[0],
-            "beta2_effective": betas[1],
-            "update_skipped": int(self._update_skipped),
-            "recovery_rung": max(int(self._update_skipped), self._rung),
-            "nonfinite": int(not math.isfinite(loss)) + int(not math.isfinite(grad_norm)),
-            "context": self._sequence,
-            "tokens_per_second": self.counts.rows * self._sequence / seconds,
-            "step_seconds": seconds,
-            "data_wait_seconds": self._data_wait,
-            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "cursor": self.stream.plan.position(step),
-            **self.stream.schedule.places(self.batches.of(step - 1)),
-            **series,
-            **self._probed,
-        }
+        rung = max(int(self._update_skipped), self._rung)
+        places = self.stream.schedule.places(self.batches.of(step - 1))
+        return row | places | {"update_skipped": int(self._update_skipped), "recovery_rung": rung}
 
     def _write_row(self) -> None:
         """Once a step, after its evaluation if it has one and before its checkpoint: no saved step lacks its row."""
         if not self._row:
             return
-        row, self._row = self.rows.write(self.state.global_step, **self._row), {}
+        row, self._row = self.rows.write(self.state.global_step, self.measuring.later, **self._row), {}
         self.tell(row)
         if self.rank == 0:
             step = self.state.global_step
@@ -255,7 +227,9 @@ class StackTrainer(Reporting):
         self._decide(self.batches.next_step, report)
         told = "precision_at_k", "validation_loss", "violations", "forbidden_attention", "reading_loss", "reading_gain"
         self._row |= {name: report[name] for name in told if name in report}
-        self._row |= {f"rejected_{name}": count for name, count in report["guard"]["rejected"].items()}
+        guard = report["guard"]
+        self._row |= {f"rejected_{name}": count for name, count in guard["rejected"].items()}
+        self._row |= {"accepted": guard["accepted"], "similarities": guard["similarities"]}
         metrics = {"eval_loss": report["validation_loss"], "eval_precision_at_k": report["precision_at_k"]}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

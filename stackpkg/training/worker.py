@@ -59,7 +59,8 @@ def run(job_file: Path) -> None:
             break
         except recovery.RollBack as fault:
             rung = _climb(home, fault, _precision(home, p).training.precision)
-            number, broken = len(attempts.read(home)), {"loss": math.nan, "grad_norm": math.nan, "nonfinite": 1}
+            number = len(attempts.read(home))
+            broken: dict[str, Any] = {"loss": math.nan, "grad_norm": math.nan, "nonfinite": 1}
             kept = RowWriter(folder / "telemetry" / home.name, p.run, number, dist.get_rank(), dist.get_world_size())
             kept.write(fault.last, update_skipped=1, recovery_rung=rung, **broken)  # of the step that broke off
             kept.flush()
