@@ -59,7 +59,7 @@ def test_the_counter_counts_as_cloc_does() -> None:
 
 def test_the_package_stays_small() -> None:
     sizes = {name: code_lines(path.read_text()) for name, path in MODULES.items()}
-    assert sum(sizes.values()) < 14_000, dict(sorted(sizes.items(), key=lambda item: -item[1])[:10])
+    assert sum(sizes.values()) < 16_000, dict(sorted(sizes.items(), key=lambda item: -item[1])[:10])
 
 
 @pytest.mark.parametrize("name", MODULES)
