@@ -19,13 +19,13 @@ def verify(
     trust: Annotated[Path | None, typer.Option(help="folder with keys and policy; default governance")] = None,
 ) -> None:
     """Prove that no byte of the archive changed and that every role signed it; names each file that fails, and why."""
-    from stackpkg.governance import seal
+    from stackpkg.governance import runlog, seal
 
     if not path.is_dir():
         stop(f"{path} is not a run's folder")
     try:
         default, demonstration = seal.trust_for(path.resolve())
-        found = seal.verify(path, trust or default)
+        found = seal.verify(path, trust or default) + runlog.rewritten(path.resolve())
     except (OSError, RuntimeError) as error:
         stop(error)
     if found:
