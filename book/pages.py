@@ -15,6 +15,7 @@ import readiness
 import yaml
 from myst import code, table, text
 from reference import api, parameters
+from signoffs import asked
 
 from stackpkg import params, runs
 from stackpkg.telemetry import guard, kpis
@@ -98,6 +99,7 @@ def main(folder: Path, *other: Path) -> None:
         "status": readiness.status(run, others),
         "checklist": readiness.checklist(run),
         "archive": readiness.archive(run, others, folder),
+        "asked": asked(folder),
         "parameters": parameters(),
         "support": support(runs.read_json(Path("support.json"))),
         "faults": faults(table_of_faults),

@@ -10,11 +10,11 @@ import yaml
 from myst import badge, code, div, table, text
 
 from stackpkg import params, runs
-from stackpkg.governance import seal
+from stackpkg.governance import seal, standing
 
 Run = dict[str, Any]
-COLOURS = ("green", "amber", "red")
-MARK = {"green": "✓", "amber": "◐", "red": "✗"}
+COLOURS = ("green", "amber", "red", "waived")
+MARK = {"green": "✓", "amber": "◐", "red": "✗", "waived": "○"}
 SHOWN = 8  # of what is missing; the rest is one click away
 
 
@@ -29,16 +29,17 @@ def gather(folder: Path) -> Run:
         lock = folder / "lock" / f"{name}.json"
         found = runs.read_json(lock) if lock.exists() else {"state": "not run"}
         stages[name] = {key: found.get(key) for key in ("state", "started", "seconds", "error", "cell")}
-    checklist, profile = folder / "checklist.yaml", folder / "config/params.yaml"
-    signoffs = [runs.read_json(path)["predicate"] for path in sorted((folder / "signoffs").glob("*.json"))]
+    profile, (items, problems) = folder / "config/params.yaml", standing.live(folder)
+    statements = {path.stem: runs.read_json(path)["predicate"] for path in sorted(folder.glob("signoffs/*.json"))}
     return {
         "run": folder.name,
         "built": runs.now(),
         "stages": stages,
-        "items": yaml.safe_load(checklist.read_text(encoding="utf-8")) if checklist.exists() else [],
-        "signoffs": {signoff["role"]: signoff for signoff in signoffs},
-        "demonstration": any(signoff["demonstration"] for signoff in signoffs),
-        "seal": sealed(folder),
+        "items": items,
+        "statements": statements,
+        "signoffs": {said["role"]: said for said in statements.values()},
+        "demonstration": any(said["demonstration"] for said in statements.values()),
+        "seal": sealed(folder, problems),
         "params": yaml.safe_load(profile.read_text(encoding="utf-8")) if profile.exists() else {},
         "environment": runs.read_json(folder / "config/environment.json")
         if (folder / "config/environment.json").exists()
@@ -47,13 +48,12 @@ def gather(folder: Path) -> Run:
     }
 
 
-def sealed(folder: Path) -> Run:
+def sealed(folder: Path, problems: list[str]) -> Run:
     """The seal as it stood when the book was built: digest, files, and what `stackpkg verify` has against it."""
     sums = folder / "SHA256SUMS"
     if not sums.exists():
         return {"digest": "", "files": 0, "problems": []}
-    found = seal.verify(folder, seal.signers_for(folder)[0])
-    return {"digest": runs.digest(sums), "files": sums.read_text(encoding="utf-8").count("\n"), "problems": found}
+    return {"digest": runs.digest(sums), "files": sums.read_text(encoding="utf-8").count("\n"), "problems": problems}
 
 
 def counts(run: Run) -> Counter[str]:
@@ -61,7 +61,9 @@ def counts(run: Run) -> Counter[str]:
 
 
 def approved(run: Run) -> list[str]:
-    return [role for role in seal.ROLES if run["signoffs"].get(role, {}).get("decision") == "approve"]
+    """Roles that have signed, and against whose statements verification has nothing."""
+    wrong = {problem.split(".json")[0].split("-")[0] for problem in run["seal"]["problems"]}
+    return [role for role in seal.ROLES if role in run["signoffs"] and f"signoffs/{role}" not in wrong]
 
 
 def broken(run: Run) -> list[str]:
@@ -143,6 +145,7 @@ BOARD = "Each chip is a line of the checklist and leads to its checks, its evide
 
 def legend() -> str:
     words = {"green": "its checks pass", "amber": "they pass, something is known to be missing", "red": "a check fails"}
+    words |= {"waived": "a reviewer lets it pass, for a reason and until a day"}
     return ", ".join(f"{chip(MARK[colour], colour)} {word}" for colour, word in words.items()) + "\\."
 
 
@@ -258,7 +261,7 @@ def archive(run: Run, others: list[Run], folder: Path) -> str:
         parts.append("This run is not signed yet.\n")
     else:
         head = "role | reviewer | decision | conditions | at | keys | files"
-        parts.append(table(head, [signoff_row(role, item) for role, item in run["signoffs"].items()]))
+        parts.append(table(head, [signoff_row(name, item) for name, item in run["statements"].items()]))
     for problem in run["seal"]["problems"]:
         parts.append(f"- {badge('red', 'problem')} {text(problem)}")
     sums = folder / "SHA256SUMS"
@@ -273,11 +276,11 @@ def archive(run: Run, others: list[Run], folder: Path) -> str:
     return "\n".join([*parts, *(["## All runs of this site\n", summaries([run, *others])] if others else [])])
 
 
-def signoff_row(role: str, item: Run) -> list[str]:
+def signoff_row(name: str, item: Run) -> list[str]:
     keys = badge("demonstration") if item["demonstration"] else badge("reviewer")
-    names = " ".join(archived(f"signoffs/{role}.json{end}") for end in ("", ".sig"))
-    conditions = "; ".join(item.get("conditions") or [])
-    said = (role, item.get("reviewer"), item.get("decision"), conditions, item.get("at"))
+    names = " ".join(archived(f"signoffs/{name}.json{end}") for end in ("", ".sig"))
+    conditions = "; ".join(condition["text"] for condition in item.get("conditions") or [])
+    said = (item["role"], item.get("reviewer"), item.get("decision"), conditions, item.get("at"))
     return [*map(text, said), keys, names]
 
 

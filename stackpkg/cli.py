@@ -112,13 +112,13 @@ def status(path: Folder) -> None:
         lock = pipeline.lock_of(folder, stage.name)
         error = lock.get("error", "").strip().splitlines()  # the last line of a traceback says what was raised
         typer.echo(f"{stage.name:<26} {lock['state']:<9} {lock.get('seconds', ''):>7}  {' '.join(error[-1:])[:160]}")
-    items, found = standing.live(folder)
+    items, found = standing.live(folder.path)
     typer.echo("" if items else "\nno checklist yet: 90_sign_off writes it")
     for item in items:
         typer.secho(f"{item['id']:<3} {item['status']:<6} {item['text']}", fg=COLOUR[item["status"]])
         for reason in item["reasons"]:
             typer.echo(f"{'':11}{reason}")
-    typer.echo(f"\nsign-offs: {found[0] if found else standing.notice(folder) or 'valid'}")
+    typer.echo(f"\nsign-offs: {found[0] if found else standing.notice(folder.path) or 'valid'}")
 
 
 @app.command()

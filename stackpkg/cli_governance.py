@@ -9,7 +9,6 @@ import typer
 
 from stackpkg.console import Folder, folder_at, stop
 
-
 Role = Annotated[str, typer.Option(help="architecture, infrastructure or safety")]
 Key = Annotated[Path, typer.Option(help="private SSH key of the reviewer")]
 Reviewer = Annotated[str, typer.Option(help="the reviewer's name in governance/allowed_signers")]
@@ -20,13 +19,13 @@ def verify(
     trust: Annotated[Path | None, typer.Option(help="folder with keys and policy; default governance")] = None,
 ) -> None:
     """Prove that no byte of the archive changed and that every role signed it; names each file that fails, and why."""
-    from stackpkg.governance import seal
+    from stackpkg.governance import runlog, seal
 
     if not path.is_dir():
         stop(f"{path} is not a run's folder")
     try:
         default, demonstration = seal.trust_for(path.resolve())
-        found = seal.verify(path, trust or default)
+        found = seal.verify(path, trust or default) + runlog.rewritten(path.resolve())
     except (OSError, RuntimeError) as error:
         stop(error)
     if found:
@@ -94,7 +93,7 @@ def restore(
     path: Annotated[Path, typer.Argument(help="a .tar.zst that archive wrote, its .sha256 beside it")],
     to: Annotated[Path, typer.Option(help="a folder that is not there yet")],
 ) -> None:
-    """Unpack an archived run and prove it: its digest, its seal, its log; then say what the sign-offs are worth today."""
+    """Unpack an archived run, prove its digest, seal and log, and say what the sign-offs are worth today."""
     from stackpkg.governance import cold, seal
 
     try:

@@ -112,15 +112,15 @@ def recover(folder: RunFolder, p: Params, found: dict[str, Any], skip: bool = Fa
 def sealed(folder: RunFolder, p: Params) -> dict[str, Any]:
     """Seal and sign the run with keys that approve nothing: `problems` of its verification, and of each attempt what is
     named when a byte of its rows changes afterwards."""
-    told, signers = seal.finish(folder, p), seal.demonstration_keys(folder.path) / "allowed_signers"
+    told, keys = seal.finish(folder, p), seal.demonstration_keys(folder.path)
     path, named = folder.path / f"telemetry/{JOB}/rank-00000.jsonl", dict[str, list[str]]()
     text = path.read_bytes()
     for attempt in (1, 2):
         at = text.index(b'"attempt": %d' % attempt)
         faults.flip(path, at)
-        named[str(attempt)] = [line.partition(":")[0] for line in seal.verify(folder.path, signers)]
+        named[str(attempt)] = [line.partition(":")[0] for line in seal.verify(folder.path, keys)]
         faults.flip(path, at)
-    again = seal.verify(folder.path, signers)
+    again = seal.verify(folder.path, keys)
     return {"manifest_sha256": told["manifest_sha256"], "problems": [*told["problems"], *again], "named": named}
 
 

@@ -92,10 +92,10 @@ def test_a_limit_can_be_another_number_of_the_same_evidence(folder: runs.RunFold
 
 
 def test_written_and_read_back(folder: runs.RunFolder) -> None:
-    assert checklist.read(folder) == []
+    assert checklist.read(folder.path) == []
     items = checklist.evaluate(folder, P)
     checklist.write(folder, items)
-    assert checklist.read(folder) == items
+    assert checklist.read(folder.path) == items
     assert checklist.board(items).to_numpy().tolist() == [["V3", "green", "Evaluate.", ""]]
 
 

@@ -253,6 +253,11 @@ def test_a_sign_off_is_tagged_in_git_and_nothing_is_pushed(reviewed: tuple[Path,
     assert "tagger safety@example.org <safety@example.org>" in told
     tags = subprocess.run([*git, "tag", "--list"], capture_output=True, text=True, check=True).stdout.split()
     assert len(tags) == 2 and name in tags
+    assert call("verify", run).stderr.count("LOG.jsonl") == 0
+    (run.parent / "LOG.jsonl").unlink()
+    seal.seal(run)
+    told = call("verify", run).stderr
+    assert f"LOG.jsonl: the line that git's tag {name} names is gone" in told, "the log was written anew"
 
 
 @needs_keys

@@ -121,7 +121,7 @@ ENTRIES = {
     "a file twice": (odd("demo/SHA256SUMS"), "can't be unpacked"),
     "a file where a folder is": (odd("demo/config"), "can't be unpacked"),
     "a second run": (odd("second/file"), "one run is expected, there are: demo, second"),
-    "one file more": (odd("demo/added"), "demo/added|added: added since the seal"),
+    "one file more": (odd("demo/added"), "added: added since the seal"),
 }  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_an_archive_cut_short_changed_or_without_its_digest_is_refused(packed: P
     with pytest.raises(ValueError, match="is not what"):
         cold.restore(packed, tmp_path / "back")
     told.write_text(f"{runs.digest(packed)}  {packed.name}\n")
-    with pytest.raises(ValueError, match="can't be unpacked|does not hold"):
+    with pytest.raises(ValueError, match=r"can't be unpacked|does not hold"):
         cold.restore(packed, tmp_path / "back")
     told.unlink()
     packed.write_bytes(content)

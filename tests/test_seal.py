@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from attacks import ATTACKS, EVIDENCE, ROOT, SAFETY, SCRIPT, TABLE, VERIFIERS, make, sign_all, verdicts
+from attacks import ATTACKS, ROOT, SAFETY, SCRIPT, TABLE, VERIFIERS, make, sign_all, verdicts
 
 from stackpkg import params, runs
 from stackpkg.governance import seal, statements

@@ -88,7 +88,7 @@ def test_nobody_signs_over_a_list_that_is_not_true(outbox: Path) -> None:
     path = second / terms.CONDITIONS
     path.write_text(path.read_text().replace('"open_until": "2099-02-28"', '"met": "so they say"'))
     seal.seal(second)
-    with pytest.raises(ValueError, match="approval/conditions.json: C2 is not as it says"):
+    with pytest.raises(ValueError, match=r"approval/conditions\.json: C2 is not as it says"):
         asked(second, waivers=[])
 
 
@@ -119,14 +119,14 @@ def judged(outbox: Path) -> runs.RunFolder:
 
 
 def state(folder: runs.RunFolder) -> dict[str, tuple[str, str]]:
-    return {item["id"]: (item["status"], "; ".join(item["reasons"])) for item in standing.live(folder)[0]}
+    return {item["id"]: (item["status"], "; ".join(item["reasons"])) for item in standing.live(folder.path)[0]}
 
 
 def test_the_approval_is_green_over_signatures_and_amber_in_the_sealed_list(judged: runs.RunFolder) -> None:
-    sealed = {item["id"]: (item["status"], item["reasons"]) for item in checklist.read(judged)}
+    sealed = {item["id"]: (item["status"], item["reasons"]) for item in checklist.read(judged.path)}
     assert sealed["E1"] == ("amber", [checklist.UNSIGNED])
     assert state(judged)["E1"] == ("green", seal.LOUD) and state(judged)["V3"] == ("amber", "short run")
-    assert {item["id"]: item["status"] for item in checklist.read(judged)} == {"E1": "amber", "V3": "amber"}
+    assert {item["id"]: item["status"] for item in checklist.read(judged.path)} == {"E1": "amber", "V3": "amber"}
 
 
 def test_the_approval_falls_with_a_missing_or_rejecting_role_and_with_any_change(judged: runs.RunFolder) -> None:

@@ -79,7 +79,7 @@ def test_another_key_and_a_changed_signature_are_refused(run: runs.RunFolder, tm
     with pytest.raises(ValueError, match="sign the weights first"):
         weights.verify(run, public)
     (tmp_path / "no.pem").write_text("no key")
-    with pytest.raises(ValueError, match="can't sign.*openssl ecparam"):
+    with pytest.raises(ValueError, match=r"can't sign.*openssl ecparam"):
         weights.sign(run, tmp_path / "no.pem")
     assert not signature.exists()
 

@@ -73,9 +73,9 @@ def write(folder: runs.RunFolder, items: list[dict[str, Any]]) -> Path:
     return runs.write_text(folder / "checklist.yaml", yaml.safe_dump(items, sort_keys=False, allow_unicode=True))
 
 
-def read(folder: runs.RunFolder) -> list[dict[str, Any]]:
-    """The items as they were written; empty before the sign-off notebook ran."""
-    path = folder.path / "checklist.yaml"
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The items as they were written in a run's folder; empty before the sign-off notebook ran."""
+    path = folder / "checklist.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""A sealed run as one file for cold storage, the same bytes for the same run, and the proof that it comes back whole."""
+"""A sealed run as one file for cold storage, the same bytes each time, and the proof that it comes back whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLAIN = re.compile(r"[ -\[\]-~]+")  # printable ASCII without a backslash, as t
 
 
 def archive(folder: Path) -> Path:
-    """Write `<run>.tar.zst` and `<run>.tar.zst.sha256` beside the run: its files, the log as far as it tells of the run,
+    """Write `<run>.tar.zst` and `<run>.tar.zst.sha256` beside the run: its files, the log as far as it tells of it,
     and of demonstration keys the public halves. Every time, owner and mode is the same.
 
     Raises `ValueError` for a run that is not sealed or differs from its seal or its log; then nothing is written.
@@ -32,14 +32,17 @@ def archive(folder: Path) -> Path:
     public = [trust / name for name in statements.TRUSTED] if demonstration else []
     path, told = folder.with_name(f"{folder.name}.tar.zst"), folder.with_name(f"{folder.name}.tar.zst.sha256")
     told.unlink(missing_ok=True)
-    with runs.replacing(path) as temporary:
-        with pa.output_stream(temporary, compression="zstd") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
-            log = runlog.until(folder).encode()
-            tar.addfile(_entry(runlog.LOG, len(log)), io.BytesIO(log))
-            for file in [*public, *runs.files_below(folder)]:
-                with file.open("rb") as content:
-                    size = file.stat().st_size
-                    tar.addfile(_entry(file.relative_to(folder.parent).as_posix(), size), content)
+    log = runlog.until(folder).encode()
+    with (
+        runs.replacing(path) as temporary,
+        pa.output_stream(temporary, compression="zstd") as stream,
+        tarfile.open(fileobj=stream, mode="w|") as tar,
+    ):
+        tar.addfile(_entry(runlog.LOG, len(log)), io.BytesIO(log))
+        for file in [*public, *runs.files_below(folder)]:
+            with file.open("rb") as content:
+                size = file.stat().st_size
+                tar.addfile(_entry(file.relative_to(folder.parent).as_posix(), size), content)
     runs.write_text(told, f"{runs.digest(path)}  {path.name}\n")
     return path
 

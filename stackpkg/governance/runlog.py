@@ -91,6 +91,23 @@ def until(folder: Path) -> str:
     return "".join(lines[: max(n for n, line in enumerate(lines, 1) if json.loads(line)["run"] == folder.name)])
 
 
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", *arguments]
+    try:
+        return subprocess.run(command, cwd=runs.root(), capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", "git is not installed")
+
+
+def rewritten(folder: Path) -> list[str]:
+    """Git tags of this run's sign-offs that name a line which the log has no more: then it was written anew."""
+    told = _git("tag", "--list", f"signoff/{folder.name}/*", "--format=%(refname:short) %(contents:body)").stdout
+    text = (folder.parent / LOG).read_bytes() if (folder.parent / LOG).is_file() else b""
+    lines = {hashlib.sha256(line).hexdigest() for line in text.splitlines(keepends=True)}
+    tags = re.findall(r"^(signoff/\S+) manifest \w+\nlog (\w+)$", told, re.MULTILINE)
+    return [f"{LOG}: the line that git's tag {name} names is gone" for name, line in tags if line not in lines]
+
+
 def tag(folder: Path, role: str, reviewer: str) -> str:
     """An annotated git tag for a sign-off, `signoff/<run>/<role>-<log>`, that says manifest and log; a line to print.
 
@@ -100,11 +117,7 @@ def tag(folder: Path, role: str, reviewer: str) -> str:
     name = f"signoff/{folder.name}/{role}-{head[:12]}"
     text = f"{role} of {folder.name}\n\nmanifest {runs.digest(folder / 'SHA256SUMS')}\nlog {head}\n"
     who = ["-c", f"user.name={reviewer}", "-c", f"user.email={reviewer}"]
-    command = ["git", *who, "tag", "--annotate", "--no-sign", "--message", text, name]
-    try:
-        done = subprocess.run(command, cwd=runs.root(), capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "no git tag: git is not installed"
+    done = _git(*who, "tag", "--annotate", "--no-sign", "--message", text, name)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["git gave no reason"])[-1]
         return f"no git tag: {why}"

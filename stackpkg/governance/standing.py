@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from stackpkg import runs
 from stackpkg.governance import checklist, seal, statements
 
 
-def notice(folder: runs.RunFolder) -> str:
+def notice(folder: Path) -> str:
     """The warning that goes with demonstration keys; empty for reviewers' keys."""
-    return seal.LOUD if seal.trust_for(folder.path)[1] else ""
+    return seal.LOUD if seal.trust_for(folder)[1] else ""
 
 
-def live(folder: runs.RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
+def live(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The items as sealed, with their status as of now, and every problem that verification found.
 
     The list is sealed before anybody can sign it, so it can't say that it was signed. An item that is `signed` is
     green when all its checks passed and the run verifies, red when a check failed or somebody rejects, else amber.
     Another that is not green is `waived` while a sign-off that counts waives it. Nothing is written.
     """
-    trust, _ = seal.trust_for(folder.path)
-    problems, items = seal.verify(folder.path, trust), checklist.read(folder)
+    trust, _ = seal.trust_for(folder)
+    problems, items = seal.verify(folder, trust), checklist.read(folder)
     waivers = {} if problems else _waivers(folder)
     for item in items:
         if item.get("signed") and item["reasons"] == [checklist.UNSIGNED]:
@@ -34,6 +34,6 @@ def live(folder: runs.RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
     return items, problems
 
 
-def _waivers(folder: runs.RunFolder) -> dict[str, dict[str, str]]:
-    said = [statements.read(path, statements.SIGNOFF) for path in sorted((folder.path / "signoffs").glob("*.json"))]
+def _waivers(folder: Path) -> dict[str, dict[str, str]]:
+    said = [statements.read(path, statements.SIGNOFF) for path in sorted((folder / "signoffs").glob("*.json"))]
     return {waiver["item"]: waiver for each in said for waiver in each["waivers"]}
