@@ -12,7 +12,7 @@ import typer
 
 from stackpkg.console import Folder, Job, folder_at, stop
 
-FIRST = "end it first, stackpkg halt --wait; nothing was changed"
+FIRST = "nothing was changed. End it first: stackpkg halt {} --wait --reason WHY"
 RECORD = "a record id, its source, or the beginning of sources and a *"
 WHOLE = f"Give {RECORD}"
 
@@ -283,7 +283,7 @@ def rollback(
         with running.idle(home):
             good, aside = snapshots.roll_back(home, step)
     except BlockingIOError as error:
-        stop(f"{error}; {FIRST}")
+        stop(f"{error}; {FIRST.format(path)}")
     typer.echo(f"set aside: {', '.join(aside) or 'nothing'}\nit goes on from {good.name if good else 'the start'}")
 
 
@@ -304,7 +304,7 @@ def skip(
         with running.idle(home):
             curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
     except BlockingIOError as error:
-        stop(f"{error}; {FIRST}")
+        stop(f"{error}; {FIRST.format(path)}")
     typer.echo(f"from step {step} on, {steps} steps of data are passed over; run the profile again to go on")
 
 
