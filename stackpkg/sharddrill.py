@@ -111,7 +111,7 @@ def sealed(folder: RunFolder, p: Params) -> dict[str, Any]:
     """Seal and sign the run with keys that approve nothing: `problems` of its verification, and of each attempt what is
     named when a byte of its rows changes afterwards."""
     told = seal.finish(folder, p)
-    trusted, _ = seal.signers_for(folder.path)
+    trusted, _ = seal.trust_for(folder.path)
     path, named = folder.path / f"telemetry/{JOB}/rank-00000.jsonl", dict[str, list[str]]()
     text = path.read_bytes()
     for attempt in (1, 2):
