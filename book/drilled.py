@@ -21,6 +21,12 @@ FAULTS = {
 }  # fmt: skip
 
 
+HOW = (
+    "Commands are typed in the repository, with its environment\\. `RUN` is the run that the alert names; what else is "
+    "set before a command, such as `STEP`, is yours to fill in\\."
+)
+
+
 class Receipt(NamedTuple):
     """A drill of a page: when, in which run, seconds to detect and to recover where they were measured, the file."""
 
@@ -96,7 +102,7 @@ def stamp(pages: Path, found: dict[str, list[Receipt]], now: datetime) -> None:
     """Put the line into every staged page, below its promise."""
     for page in sorted(pages.glob("*.md")):
         parts = page.read_text(encoding="utf-8").split("\n\n", 2)
-        runs.write_text(page, "\n\n".join([*parts[:2], line(found.get(page.stem, []), now), *parts[2:]]))
+        runs.write_text(page, "\n\n".join([*parts[:2], line(found.get(page.stem, []), now), HOW, *parts[2:]]))
 
 
 def overview(pages: Path, found: dict[str, list[Receipt]], now: datetime) -> str:

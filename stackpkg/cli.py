@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from stackpkg import cli_governance, cli_telemetry, incidents, params
+from stackpkg import cli_data, cli_governance, cli_telemetry, incidents, params
 from stackpkg.console import Folder, Job, folder_at, stop
 from stackpkg.doctor import doctor
 from stackpkg.runs import RunFolder, root
@@ -18,7 +18,7 @@ from stackpkg.schema import allowed
 app = typer.Typer(no_args_is_help=True, help="A training stack: run, inspect, sign, publish.")
 COLOUR = {"green": "green", "amber": "yellow", "red": "red", "waived": "yellow"}
 
-for _command in (doctor, *incidents.COMMANDS, *cli_telemetry.COMMANDS, *cli_governance.COMMANDS):
+for _command in (doctor, *incidents.COMMANDS, *cli_data.COMMANDS, *cli_telemetry.COMMANDS, *cli_governance.COMMANDS):
     app.command()(_command)
 
 

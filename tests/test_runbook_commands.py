@@ -230,9 +230,12 @@ def spike(lab: Lab, done: dict[str, tuple[int, str]]) -> None:
     assert '"kind": "skip", "step": 8, "steps": 4' in decided, done[key(block)][1]
 
 
-ACTS: dict[str, Callable[[Lab, dict[str, tuple[int, str]]], None]] = {
-    "kill": kill, "corrupt": corrupt, "pass_over": pass_over, "withdraw": withdraw, "spike": spike
-}  # fmt: skip
+def keep(lab: Lab, done: dict[str, tuple[int, str]]) -> None:
+    """ArchiveRestore, from the sealed run on, before anybody adds a note to it."""
+    for having in ("stackpkg archive", "stackpkg restore"):
+        block = page("ArchiveRestore", having=having)
+        if there(block):
+            done[key(block)] = lab.type(block)
 
 
 def there(block: str) -> bool:
@@ -240,6 +243,9 @@ def there(block: str) -> bool:
     wanted = {*re.findall(r"^stackpkg (\w+)", block, re.MULTILINE)} & LATER
     asked = [subprocess.run(["stackpkg", name, "--help"], capture_output=True, check=False) for name in wanted]
     return all(answer.returncode == 0 for answer in asked)
+
+
+ACTS = {act.__name__: act for act in (kill, corrupt, withdraw, spike, pass_over, keep)}
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +268,7 @@ def test_a_roll_back_of_a_running_job_is_refused_and_says_what_to_do(
     small: Lab, done: dict[str, tuple[int, str]]
 ) -> None:
     code, said = done["refused"]
-    assert code == 1 and "train runs (process " in said and "end it first, stackpkg halt --wait" in said
+    assert code == 1 and "train runs (process " in said and "End it first: stackpkg halt outbox/small --wait" in said
 
 
 @pytest.mark.parametrize("name", PAGES)

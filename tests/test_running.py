@@ -105,7 +105,9 @@ def test_a_running_job_is_not_rolled_back_and_says_what_to_do(job: Path) -> None
     run, decided = str(job.parents[1]), (job / "decisions.jsonl").read_bytes()
     for words in (("rollback", run, "--step", "4"), ("skip", run, "--step", "8", "--steps", "2")):
         code, said = typed(*words)
-        assert code == 1 and "train runs (process " in said and "stackpkg halt --wait" in said, said
+        assert (
+            code == 1 and "train runs (process " in said and "nothing was changed. End it first: stackpkg halt " in said
+        ), said
     assert (job / "decisions.jsonl").read_bytes() == decided and not [*job.glob("*.aside*")], "something was changed"
     code, said = typed("halt", run, "--now", "--wait", "--reason", "it hangs")
     assert code == 0 and "nothing of it runs" in said, said
