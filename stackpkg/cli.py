@@ -47,11 +47,8 @@ def run(
         sealed = pipeline.run(p, sys.stdout, first=first, only=only, force=force, dry_run=dry_run)
     except KeyboardInterrupt:
         stop("interrupted; run the same command again to go on where it stopped")
-    except (OSError, ValueError) as error:  # before a notebook ran, or after the last one
+    except (OSError, RuntimeError, ValueError) as error:  # a stage that failed says where, why and what next
         stop(error)
-    except Exception as error:
-        kept = f"The executed notebook is kept in outbox/{p.run}/nb/"
-        stop(f"{error}\n\n{kept}; the same command goes on at the failed stage.")
     if sealed:
         typer.echo(f"sealed outbox/{p.run}, manifest {sealed['manifest_sha256'][:16]}")
         typer.secho(sealed["notice"], fg="yellow", bold=True)

@@ -182,7 +182,7 @@ def execute(stage: Stage, p: Params, folder: RunFolder, shown: Lines) -> dict[st
 
     values = p.model_dump(mode="json")
     output = folder / f"nb/{stage.name}.ipynb"
-    record = {"stage": stage.name, "state": "running", "started": now(), "pid": os.getpid()}
+    record: dict[str, Any] = {"stage": stage.name, "state": "running", "started": now(), "pid": os.getpid()}
     record["key"] = key(stage, p, folder)
     lock = folder / f"lock/{stage.name}.json"
     write_json(lock, record)
