@@ -41,7 +41,7 @@ class Forecast:
             lock = read_json(path)
             if path.stem in names and lock.get("state") == "ok":
                 found.setdefault(path.parents[1].name, {})[path.stem] = lock["seconds"]
-        self.names = names
+        self.names = list(names)
         self.usual = max(found.items(), key=lambda item: (len(item[1]), item[0] == run), default=("", {}))[1]
 
     def left(self, done: Mapping[str, float], now: str = "", gone: float = 0.0) -> float | None:

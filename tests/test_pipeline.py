@@ -253,6 +253,9 @@ def test_from_only_and_force(repo: Repository) -> None:
             repo.run(**options)
     with pytest.raises(ValueError, match="--only 20 and --from 10: give one of them"):
         repo.run(first="10", only="20")
+    assert repo.run(last="20", force=True) == ["10", "20"]
+    with pytest.raises(ValueError, match="--from 30 lies behind --to 20"):
+        repo.run(first="30", last="20")
 
 
 def test_an_executed_notebook_tells_the_parameters_and_no_path_of_this_machine(repo: Repository) -> None:
