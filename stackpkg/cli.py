@@ -33,6 +33,7 @@ def _profile(path: Path) -> params.Params:
 def run(
     profile: Annotated[Path, typer.Argument(help="a profile, such as params/dry_run.yaml")],
     first: Annotated[str | None, typer.Option("--from", help="start at this notebook, by number or name")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="stop after this notebook; nothing is sealed then")] = None,
     only: Annotated[str | None, typer.Option("--only", help="run this notebook alone")] = None,
     name: Annotated[str | None, typer.Option("--run", help="folder under outbox/ instead of the profile's")] = None,
     force: Annotated[bool, typer.Option("--force", help="run stages even when nothing changed")] = False,
@@ -44,14 +45,11 @@ def run(
         p = params.validate(p.model_dump() | {"run": name or p.run})
         from stackpkg import pipeline
 
-        sealed = pipeline.run(p, sys.stdout, first=first, only=only, force=force, dry_run=dry_run)
+        sealed = pipeline.run(p, sys.stdout, first=first, only=only, last=last, force=force, dry_run=dry_run)
     except KeyboardInterrupt:
         stop("interrupted; run the same command again to go on where it stopped")
-    except (OSError, ValueError) as error:  # before a notebook ran, or after the last one
+    except (OSError, RuntimeError, ValueError) as error:  # a stage that failed says where, why and what next
         stop(error)
-    except Exception as error:
-        kept = f"The executed notebook is kept in outbox/{p.run}/nb/"
-        stop(f"{error}\n\n{kept}; the same command goes on at the failed stage.")
     if sealed:
         typer.echo(f"sealed outbox/{p.run}, manifest {sealed['manifest_sha256'][:16]}")
         typer.secho(sealed["notice"], fg="yellow", bold=True)

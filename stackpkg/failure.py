@@ -38,7 +38,10 @@ def cell(executed: Path) -> str:
         elif part.cell_type == "code":
             total += 1
             if part.metadata.get("papermill", {}).get("start_time"):
-                number, found = total, f' under "{heading}": {(part.source.splitlines() or [""])[0][:80]}'
+                number, found = (
+                    total,
+                    f"{heading and f' under {heading!r}'}: {(part.source.splitlines() or [''])[0][:80]}",
+                )
     return f"code cell {number} of {total}{found}" if number else ""
 
 

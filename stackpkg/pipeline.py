@@ -182,7 +182,7 @@ def execute(stage: Stage, p: Params, folder: RunFolder, shown: Lines) -> dict[st
 
     values = p.model_dump(mode="json")
     output = folder / f"nb/{stage.name}.ipynb"
-    record = {"stage": stage.name, "state": "running", "started": now(), "pid": os.getpid()}
+    record: dict[str, Any] = {"stage": stage.name, "state": "running", "started": now(), "pid": os.getpid()}
     record["key"] = key(stage, p, folder)
     lock = folder / f"lock/{stage.name}.json"
     write_json(lock, record)
@@ -224,22 +224,26 @@ def _scrub(output: Path, source: Path) -> None:
     write_text(output, portable(nbformat.writes(notebook)) + "\n")
 
 
-def select(first: str | None, only: str | None) -> list[Stage]:
-    """The stages from `first` on, or `only` one; either by number or name, as far as it is unique.
+def select(first: str | None, only: str | None, last: str | None = None) -> list[Stage]:
+    """The stages from `first` to `last`, or `only` one; each by number or name, as far as it is unique.
 
-    Raises `ValueError` for a name that no notebook or several have, and when both are given.
+    Raises `ValueError` for a name that no notebook or several have, and when `only` is given beside another.
     """
     known = stages()
-    wanted = only or first
-    if not wanted:
-        return known
-    if only and first:
-        raise ValueError(f"--only {only} and --from {first}: give one of them")
-    found = [stage for stage in known if stage.name.startswith(wanted)]
-    if len(found) != 1:
-        names = ", ".join(stage.name for stage in found or known)
+    if only and (first or last):
+        raise ValueError(f"--only {only} and --{'from' if first else 'to'} {first or last}: give one of them")
+    start, end = _place(only or first, known, 0), _place(only or last, known, len(known) - 1)
+    if start > end:
+        raise ValueError(f"--from {first} lies behind --to {last}")
+    return known[start : end + 1]
+
+
+def _place(wanted: str | None, known: list[Stage], default: int) -> int:
+    found = [number for number, stage in enumerate(known) if wanted and stage.name.startswith(wanted)]
+    if wanted and len(found) != 1:
+        names = ", ".join(known[number].name for number in found or range(len(known)))
         raise ValueError(f"{len(found)} notebooks start with {wanted!r}; give one of: {names}")
-    return found if only else known[known.index(found[0]) :]
+    return found[0] if found else default
 
 
 def run(
@@ -248,6 +252,7 @@ def run(
     *,
     first: str | None = None,
     only: str | None = None,
+    last: str | None = None,
     force: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
@@ -257,7 +262,7 @@ def run(
     """
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found,ignore:Mismatch dtype")  # told to nobody
-    chosen = select(first, only)
+    chosen = select(first, only, last)
     folder = RunFolder(p.run)
     with exclusive(p.run):
         executed = stale = False

@@ -8,16 +8,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from cycler import cycler
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774")
 
 
 def use_style() -> None:
-    """Figure size 7 x 3 inches on an opaque white sheet, so that axes stay readable when the page is dark; and tables
-    that show where a text comes from to its end."""
+    """Figure size 7 x 3 inches on an opaque white sheet, so that axes stay readable when the page is dark; tables that
+    show where a text comes from to its end; in a notebook the words of `describe` beside each figure."""
     pd.set_option("display.max_colwidth", 110)
+    if shell := get_ipython():
+        words = shell.display_formatter.formatters["text/plain"]
+        words.for_type(Figure, lambda figure, printer, cycle: printer.text(describe(figure)))
     mpl.rcParams.update(
         {
             "figure.figsize": (7.0, 3.0),
@@ -32,6 +37,31 @@ def use_style() -> None:
             "font.size": 9.5,
         }
     )
+
+
+def describe(figure: Figure) -> str:
+    """A figure in words, for whoever does not see it: per panel its title, its axes, and how its lines run."""
+    parts = []
+    for axis in figure.axes:
+        if axis.get_label() == "<colorbar>":
+            continue
+        title, x, y = axis.get_title(), axis.get_xlabel() or figure.get_supxlabel(), axis.get_ylabel()
+        drawn = [told for line in axis.get_lines() if (told := _runs(line))]
+        drawn += [f"{len(axis.patches)} bars or areas"] * bool(axis.patches) + ["a map of colours"] * len(axis.images)
+        drawn += [f"{sum(len(dots.get_offsets()) for dots in axis.collections)} points"] * bool(axis.collections)
+        head = " ".join([title or y or "panel", *[f"over {x}"] * bool(x)])
+        parts.append(f"{head}: {', '.join(drawn) or 'no data'}")
+    return "; ".join(parts) or "an empty figure"
+
+
+def _runs(line: Line2D) -> str:
+    """Such as `raw from 8.1 to 7.2`; a level line is `target at 0.75`."""
+    label, values = str(line.get_label()), np.asarray(line.get_ydata(orig=False), dtype=float)
+    values, name = values[np.isfinite(values)], "a line" if label.startswith("_") else label
+    if not values.size:
+        return ""
+    first, last = values[0], values[-1]
+    return f"{name} at {first:.3g}" if (values == first).all() else f"{name} from {first:.3g} to {last:.3g}"
 
 
 def lines(data: pd.DataFrame, title: str, target: float | None = None) -> Figure:

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from stackpkg.runs import read_json
@@ -40,7 +41,7 @@ class Forecast:
             lock = read_json(path)
             if path.stem in names and lock.get("state") == "ok":
                 found.setdefault(path.parents[1].name, {})[path.stem] = lock["seconds"]
-        self.names = names
+        self.names = list(names)
         self.usual = max(found.items(), key=lambda item: (len(item[1]), item[0] == run), default=("", {}))[1]
 
     def left(self, done: Mapping[str, float], now: str = "", gone: float = 0.0) -> float | None:
@@ -106,7 +107,7 @@ class Live(Lines):
         super().__init__(stream, total)
         self.forecast, self.done = forecast, dict[str, float]()
         self.began = self.since = time.monotonic()
-        plain = TextColumn("{task.fields[word]}", markup=False, style="dim")
+        plain = TextColumn("{task.fields[word]}", markup=False, style="dim", table_column=Column(no_wrap=True))
         columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
         self.bar = Progress(
             *columns, _Left(self), plain, console=Console(file=stream), refresh_per_second=2, transient=True

@@ -27,6 +27,7 @@ from stackpkg.telemetry import logbook
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY / "book/theme"), str(REPOSITORY / "book")]
 
+import cells  # noqa: E402
 from myst import text  # noqa: E402
 from nodes import Renderer  # noqa: E402
 from reference import parameters  # noqa: E402
@@ -253,6 +254,10 @@ def parsed(html: Path) -> dict[Path, Page]:
 
 def test_every_link_and_anchor_leads_somewhere(html: Path, parsed: dict[Path, Page]) -> None:
     assert len(parsed) > 12
+    assert_linked(html, parsed)
+
+
+def assert_linked(html: Path, parsed: dict[Path, Page]) -> None:
     for path, page in parsed.items():
         assert len(page.ids()) == len(set(page.ids())), f"{path.name} repeats an id"
         assert not page.crossed and not page.stack, f"{path.name} is not well formed: {page.crossed} {page.stack}"
@@ -298,7 +303,7 @@ def test_the_state_of_a_stage_comes_from_its_lock_and_is_loud(html: Path) -> Non
     index = (html / "index.html").read_text(encoding="utf-8")
     assert "Not ready" in index and "2 failed" in index and "1 of 3 green" in index and "Demonstration keys" in index
     lines = (html / "signoff/checklist.html").read_text(encoding="utf-8")
-    assert [lines.count(f'badge {colour}"') for colour in ("green", "amber", "red", "failed")] == [1, 1, 1, 1]
+    assert [lines.count(f'badge {colour}"') for colour in ("green", "amber", "red", "failed")] == [2, 2, 2, 1]
     assert "absent/*: missing" in lines and "a | b &lt;img" in lines
 
 
@@ -316,6 +321,50 @@ def test_the_logbook_is_in_the_book_literally_and_leads_to_the_pages(html: Path)
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 3 and "```{include} index.md```" in page
     assert 'href="runbooks/drilled.html"' in page and "Is this run ready?" not in page.partition("<main")[2]
     assert 'href="logbook.html"' in (html / "index.html").read_text(encoding="utf-8").partition("<main")[2]
+
+
+def test_the_overview_says_what_failed_and_leads_to_each_line_and_its_evidence(html: Path) -> None:
+    index, lines = ((html / name).read_text(encoding="utf-8") for name in ("index.html", "signoff/checklist.html"))
+    assert 'class="verdict no"' in index and "does not verify" in index, "the seal of this run is made up"
+    for number, mark in (("1", "✓"), ("2", "◐"), ("3", "✗")):
+        assert f'<a href="signoff/checklist.html#line-d{number}"><span class="chip' in index
+        assert f">D{number} {mark}</span>" in index
+    files = re.findall(r'<a href="(\.\./files/[^"]+)"><code>evidence/10_good\.json</code></a>', lines)
+    digest = runs.digest(html.parents[2] / "../outbox/tiny/evidence/10_good.json")
+    assert (html / "signoff" / files[0]).read_text() == '{\n "duplicates": 0.03\n}\n' and digest in lines
+    assert '<a href="../reports/eval/epoch_001.html"><code>' in lines, "a report opens where the book has it"
+
+
+def test_the_sign_off_is_one_file_that_needs_nothing_beside_it(html: Path, parsed: dict[Path, Page]) -> None:
+    page = parsed[html / "signoff/sign-off-tiny.html"]
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "link", "img", "iframe"} and "src" not in attributes
+        assert attributes.get("href", "#").startswith("#"), "a link out of the file"
+        assert tag != "details" or "open" in attributes, "folded, on paper for good"
+    text = (html / "signoff/sign-off-tiny.html").read_text(encoding="utf-8")
+    assert (
+        "Not ready" in text and "D3" in text and f"{'ab' * 32}  checklist.yaml" in text and "Demonstration keys" in text
+    )
+    archive = (html / "signoff/archive.html").read_text(encoding="utf-8")
+    assert '<a href="../signoff/sign-off-tiny.html" download>' in archive
+
+
+def test_a_parameter_that_the_profile_set_is_told_from_the_defaults() -> None:
+    source = "# Parameters\ndata = {'workers': 9, 'part_mb': 8.0}\nseed = 3\nlayout = {'tp': 1}\n"
+    shown, _, rest = cells._values(source, {"data", "seed"}, {"data": {"workers": 2, "part_mb": 8.0}}).partition(
+        "</table>"
+    )
+    first, folded = shown.split("<details><summary>1 as by default</summary>")
+    assert "workers: 9" in first and "part_mb: 8.0" in folded and ">3<" in folded
+    assert "1 parameters of other notebooks" in rest and "tp: 1" in rest
+
+
+def test_a_figure_says_what_it_shows() -> None:
+    data = {"image/png": {"path": "/x.png"}, "text/plain": {"content": "loss: a < b"}}
+    node = {"type": "output", "jupyter_data": {"output_type": "display_data", "data": data}}
+    assert 'alt="loss: a &lt; b"' in cells.output(Renderer(resolve=str, report=str, read=str), node)
+    data["text/plain"]["content"] = "<Figure size 700x300 with 1 Axes>"
+    assert 'alt="Figure made by the cell above"' in cells.output(Renderer(resolve=str, report=str, read=str), node)
 
 
 def test_a_failed_build_names_the_fault_and_leaves_the_old_book(place: Path, html: Path) -> None:
@@ -337,12 +386,40 @@ def test_a_run_that_does_not_exist_is_named(place: Path) -> None:
         book.build("absent")
 
 
-def test_a_fresh_run_has_a_book_that_says_what_is_missing(place: Path) -> None:
-    shutil.copytree(place / "outbox/tiny/nb", place / "outbox/bare/nb")
-    html = book.build("bare").parent
-    index = (html / "index.html").read_text(encoding="utf-8")
-    assert "Not ready" in index and "not signed yet" in index and "there is no checklist yet" in index
-    assert "not sealed yet" in (html / "signoff/archive.html").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def two(place: Path, html: Path) -> Path:
+    """The site of a run that has nothing yet, with the first run beside it."""
+    bare = place / "outbox/bare"
+    shutil.copytree(place / "outbox/tiny/nb", bare / "nb")
+    for name, rate, loss in (("tiny", 2e-4, 7.1), ("bare", 1e-3, 6.5)):
+        profile = {"run": name, "seed": 17, "optimization": {"learning_rate": rate}}
+        runs.write_text(place / f"outbox/{name}/config/params.yaml", yaml.safe_dump(profile))
+        for step in (10, 20):
+            report = {"step": step, "validation_loss": loss - step / 100}
+            runs.write_json(place / f"outbox/{name}/eval/train/epoch_{step}.json", report)
+    return book.build("bare", "tiny").parent
+
+
+def test_a_fresh_run_has_a_book_that_says_what_is_missing(two: Path) -> None:
+    index = (two / "index.html").read_text(encoding="utf-8")
+    assert "Not ready yet" in index and "not signed yet" in index and "there is no checklist yet" in index
+    assert "not sealed yet" in (two / "signoff/archive.html").read_text(encoding="utf-8")
+
+
+def test_two_runs_are_one_site_that_compares_them_and_switches(two: Path) -> None:
+    pages = {
+        path: Page(path.read_text(encoding="utf-8")) for path in two.rglob("*.html") if "reports" not in path.parts
+    }
+    assert_linked(two, pages)
+    compared = (two / "compare.html").read_text(encoding="utf-8")
+    row = r"<td><code>optimization.learning_rate</code></td><td><code>0.001</code></td><td><code>0.0002</code></td>"
+    assert re.search(row, compared) and "<code>seed</code>" not in compared, "only what differs, runs by name"
+    assert "bare from 6.400 at step 10 to 6.300 at step 20; tiny from 7.000 at step 10 to 6.900 at step 20" in compared
+    assert "No checklist yet: bare" in compared and "<code>10_good.duplicates</code>" in compared
+    page = (two / "notebooks/good.html").read_text(encoding="utf-8")
+    assert '<li><a href="../runs/tiny/notebooks/good.html">tiny</a></li>' in page and book.MARK not in page
+    back = (two / "runs/tiny/notebooks/good.html").read_text(encoding="utf-8")
+    assert '<li><a href="../../../notebooks/good.html">bare</a></li>' in back and "<!-- other" not in back
 
 
 # --- in a browser, from the folder
@@ -460,3 +537,57 @@ def test_on_a_phone_the_list_of_pages_opens_and_leads_on(tab, html: Path) -> Non
     tab.wait_for_url("**/reference/glossary.html")
     tab.locator("a[rel=next]").click()
     tab.wait_for_url("**/reference/parameters.html")
+
+
+@pytest.mark.book
+def test_a_table_sorts_by_the_keyboard_and_comes_back(tab, html: Path) -> None:  # type: ignore[no-untyped-def]
+    tab.goto((html / "index.html").as_uri())
+    table = tab.locator("table").last  # the stages
+    head = table.locator("th").first
+
+    def order() -> tuple[str | None, list[str]]:
+        return head.get_attribute("aria-sort"), table.locator("tbody td:first-child").all_inner_texts()
+
+    _, before = order()
+    head.locator("button").focus()
+    tab.keyboard.press("Enter")
+    assert order() == ("ascending", sorted(before)) and sorted(before) != before
+    tab.keyboard.press("Space")
+    assert order() == ("descending", sorted(before)[::-1])
+    tab.keyboard.press("Enter")
+    assert order() == (None, before)
+
+
+@pytest.mark.book
+def test_a_long_cell_of_a_table_folds_and_opens(tab, html: Path) -> None:  # type: ignore[no-untyped-def]
+    tab.goto((html / "notebooks/good.html").as_uri())
+    box, more = tab.locator(".long").first, tab.locator(".more").first
+    height = box.bounding_box()["height"]
+    more.click()
+    assert more.get_attribute("aria-expanded") == "true" and box.bounding_box()["height"] > 5 * height
+
+
+LOOKED_AT = ("index.html", "signoff/checklist.html", "signoff/sign-off-tiny.html", "notebooks/good.html")
+
+
+def violations(tab, path: Path) -> list[str]:  # type: ignore[no-untyped-def]
+    """What axe-core finds that keeps a reader out: serious and critical. Frames of reports are not our pages."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    tab.goto(path.as_uri())
+    found = axe.run(tab, options={"resultTypes": ["violations"], "iframes": False}).response["violations"]
+    grave = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+    return [f"{path.name}: {rule['id']} at {node['target']}" for rule in grave for node in rule["nodes"]]
+
+
+@pytest.mark.book
+def test_axe_finds_nothing_grave_on_any_page(tab, html: Path, two: Path, parsed: dict[Path, Page]) -> None:  # type: ignore[no-untyped-def]
+    assert [line for path in [*parsed, two / "compare.html"] for line in violations(tab, path)] == []
+    tab.set_content("<html lang=en><title>x</title><img src='data:,'><main>x</main>")
+    assert "image-alt" in str(pytest.importorskip("axe_playwright_python.sync_playwright").Axe().run(tab).response)
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("tab", [{"color_scheme": "dark"}, PHONE], indirect=True)
+def test_axe_finds_nothing_grave_in_the_dark_and_on_a_phone(tab, html: Path, two: Path) -> None:  # type: ignore[no-untyped-def]
+    pages = [*(html / name for name in LOOKED_AT), two / "compare.html", two / "runs/tiny/index.html"]
+    assert [line for path in pages for line in violations(tab, path)] == []
