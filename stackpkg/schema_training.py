@@ -202,5 +202,5 @@ class Governance(Section):
         4.0, gt=0, le=1e6, description="megabytes of records that the second detector looks at, drawn by chance"
     )
     max_personal: float = Field(
-        5.0, ge=0, description="findings of personal data that may be left after scrubbing, per million characters"
+        10.0, ge=0, description="findings of personal data that may be left after scrubbing, per million characters"
     )

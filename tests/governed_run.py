@@ -33,7 +33,7 @@ def run_in(place: Path, licence: str = "MIT", third: str = HOSTILE) -> tuple[run
                          "governance": {"demonstration_keys": True}})  # fmt: skip
     folder = runs.RunFolder.__new__(runs.RunFolder)
     folder.name, folder.path = "demo", place / "outbox/demo"
-    names = ["jsonl:a.jsonl#1", "jsonl:a.jsonl#2", third]
+    names = ["jsonl:a.jsonl#id=1", "jsonl:a.jsonl#id=2", third]
     given = [
         {"id": str(n + 1), "text": text, "licence": licence, "domain": "code", "timestamp": 1_790_000_000}
         for n, text in enumerate(TEXT)

@@ -38,11 +38,10 @@ def named(data: Path, document: str = "", source: str = "") -> dict[str, str]:
         asked = f"document {document!r}" if document else f"source {source!r}"
         twins = pq.read_table(data / "duplicates.parquet", columns=["removed", "kept"]).to_pydict()
         kept = [kept for removed, kept in zip(twins["removed"], twins["kept"], strict=True) if removed in ids]
+        twin = f"; it was dropped as a duplicate of {kept[0]}, which holds the same text: ask for that" if kept else ""
         raise ValueError(
-            f"no record of the corpus is of {asked}"
-            + f"; it was dropped as a duplicate of {kept[0]}, which holds the same text: ask for that" * bool(kept)
-            + ". Give a record id or a whole source as `stackpkg trace` shows them, or a source's name such as "
-            "pypi:numpy; what was read and dropped is in data/audit.parquet"
+            f"no record of the corpus is of {asked}{twin}. Give a record id or a source as `stackpkg trace` shows "
+            "them, or a source's name such as pypi:numpy; what was read and dropped is in data/audit.parquet"
         )
     return found
 

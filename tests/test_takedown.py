@@ -1,0 +1,88 @@
+"""Who holds a document, told from disk: checked against the steps that the stream itself gives out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_corpus import conversing, profile
+from typer.testing import CliRunner
+
+from stackpkg import runs
+from stackpkg.cli import app
+from stackpkg.data import provenance
+from stackpkg.data.corpus import Corpus
+from stackpkg.data.ledger import Ledger
+from stackpkg.governance import takedown
+
+
+@pytest.fixture(scope="module")
+def run(repository: Path) -> Path:
+    folder = runs.RunFolder("held").path
+    conversing(folder)
+    data = {name: runs.digest(folder / "data" / name) for name in ("manifest.json",)}
+    job = {"steps": 20, "params": profile().model_dump(mode="json"), "data": data}
+    runs.write_json(folder / "checkpoints/train/job.json", job)
+    for step in (5, 10):
+        runs.write_json(folder / f"checkpoints/train/checkpoint-{step}/complete.json", {})
+    runs.write_json(folder / "checkpoints/old/job.json", job | {"data": {"manifest.json": "0" * 64}})
+    pq.write_table(pa.table({"removed": ["ab" * 8], "kept": ["cd" * 8]}), folder / "data/duplicates.parquet")
+    return folder
+
+
+def test_a_whole_source_is_the_sum_of_its_documents(run: Path) -> None:
+    told, ledger = takedown.holders(run, source="folder:t"), Ledger(run, "train")
+    assert len(told["records"]) == len({*ledger.stream.corpus.records.tolist()}) > 10
+    each = {row["step"] for name in told["records"] for row in ledger.document(name)}
+    assert told["jobs"]["train"]["steps"] == sorted(each)
+    assert sum(told["shards"].values()) == len(ledger.stream.corpus.tokens)
+    assert "old" in told["jobs"] and "roll back" in told["jobs"]["old"]["unknown"]
+
+
+def test_a_document_by_id_and_by_source_is_the_same(run: Path) -> None:
+    name, where = next(iter(takedown.named(run / "data", source="folder:t").items()))
+    assert takedown.holders(run, document=name) == takedown.holders(run, document=where)
+    told = takedown.holders(run, document=name)
+    corpus = Corpus(run / "data")
+    mine = np.flatnonzero(corpus.find([name]) == 0)
+    assert told["shards"] == {corpus.names[k]: int((corpus.shard[mine] == k).sum()) for k in {*corpus.shard[mine]}}
+    for column in takedown.SETS["pairs"][:1]:
+        rows = pq.read_table(run / "data/pairs.parquet", columns=[column])[column].to_pylist().count(name)
+        assert told["sets"]["pairs"] >= rows
+
+
+def test_a_source_ends_where_a_name_ends(run: Path) -> None:
+    with pytest.raises(ValueError, match="no record of the corpus is of source 'fold'"):
+        takedown.named(run / "data", source="fold")
+    assert takedown.named(run / "data", source="folder:t/code1.py").keys() != takedown.named(
+        run / "data", source="folder:t"
+    )
+    assert len(takedown.named(run / "data", source="folder:t/code1.py")) <= 1
+
+
+def test_a_removed_duplicate_names_the_one_that_stayed(run: Path) -> None:
+    with pytest.raises(ValueError, match="dropped as a duplicate of cdcdcdcdcdcdcdcd"):
+        takedown.holders(run, document="ab" * 8)
+
+
+def test_the_command_for_a_reader_and_for_a_script(run: Path) -> None:
+    name = next(iter(takedown.named(run / "data", source="folder:t")))
+    shown = CliRunner().invoke(app, ["takedown", str(run), "--document", name])
+    assert shown.exit_code == 0 and "shard " in shown.output and "job train: steps " in shown.output
+    told = json.loads(CliRunner().invoke(app, ["takedown", str(run), "--source", "folder:t", "--json"]).output)
+    assert name in told["records"] and told["withdrawn"] == []
+    assert CliRunner().invoke(app, ["takedown", str(run)]).exit_code == 1
+    assert "no record" in CliRunner().invoke(app, ["takedown", str(run), "--source", "pypi:none"]).output
+
+
+def test_what_is_withdrawn_is_said(run: Path) -> None:
+    name = next(iter(takedown.named(run / "data", source="folder:t")))
+    provenance.withdraw(run / "data/withdrawn.jsonl", name, 1, "asked")
+    assert takedown.holders(run, document=name)["withdrawn"] == [name]
+
+
+@pytest.mark.parametrize(("steps", "said"), [([], "none"), ([3], "3"), ([0, 1, 2, 7, 9, 10], "0-2, 7, 9-10")])
+def test_numbers_as_spans(steps: list[int], said: str) -> None:
+    assert takedown.spans(steps) == said
