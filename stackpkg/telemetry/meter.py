@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-COSTS, STEPS, FEWEST = 8, 64, 2  # costs of a probe and seconds of steps that count at most; costs before a verdict
+COSTS, STEPS, FEWEST = 8, 64, 2  # blocks with a cost of a probe, and steps, that count at most; blocks before a verdict
 
 
 class Meter:
