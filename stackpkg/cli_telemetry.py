@@ -30,8 +30,8 @@ def query(
         return
     cells = [columns, *([_cell(value) for value in row] for row in found)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        typer.echo("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
+    for line in cells:
+        typer.echo("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _cell(value: object) -> str:

@@ -24,8 +24,12 @@ def settle(p: Params, run: Path, job: str) -> None:
     if not p.telemetry.report_to:
         return
     place = run / "telemetry" / f"{job}.reports"
-    homes = {"TENSORBOARD_LOGGING_DIR": place / "tensorboard", "WANDB_DIR": place, "TRACKIO_DIR": place / "trackio"}
-    homes["MLFLOW_TRACKING_URI"] = f"sqlite:///{place / 'mlflow.db'}"
+    homes = {
+        "TENSORBOARD_LOGGING_DIR": f"{place}/tensorboard",
+        "WANDB_DIR": f"{place}",
+        "TRACKIO_DIR": f"{place}/trackio",
+    }
+    homes["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"
     place.mkdir(parents=True, exist_ok=True)
     for name, value in (LOCAL | homes).items():
-        os.environ.setdefault(name, str(value))
+        os.environ.setdefault(name, value)

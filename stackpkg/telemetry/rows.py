@@ -49,6 +49,7 @@ class RowWriter:
         self._key = {"run": run, "attempt": attempt, "rank": rank, "ranks": ranks}
         self._held: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
         self.complete: Callable[[list[dict[str, Any]]], None] = lambda rows: None  # adds to the rows of a block
+        self.told: Callable[[list[dict[str, Any]]], None] = lambda rows: None  # hears of them when they are whole
 
     def write(self, step: int, later: Mapping[str, Tensor] | None = None, **series: Any) -> dict[str, Any]:
         """The row of `step`, as far as it is known now; `later` are values that stay on the device until the flush."""
@@ -66,10 +67,10 @@ class RowWriter:
 
     def flush(self) -> None:
         """Put on disk what there is, without asking anybody."""
-        for row in copied(self._held):
-            self._stream.write(json.dumps(row) + "\n")
+        rows, self._held = copied(self._held), []
+        self._stream.writelines(json.dumps(row) + "\n" for row in rows)
         self._stream.flush()
-        self._held = []
+        self.told(rows)
 
 
 def copied(held: list[tuple[dict[str, Any], Mapping[str, Tensor]]]) -> list[dict[str, Any]]:

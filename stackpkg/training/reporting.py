@@ -3,6 +3,7 @@ heeds."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from stackpkg.telemetry.exporter import numbers
@@ -10,7 +11,7 @@ from stackpkg.training.resumable import Resumable
 
 
 class Reporting(Resumable):
-    """`Trainer` that tells its callbacks the numbers of a row, once a step, in place of its own few."""
+    """`Trainer` that tells its callbacks the numbers of each row, once, in place of its own few."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What `Trainer` says of a step (it has a rate) is remembered alone: the row tells it, and more."""
@@ -19,8 +20,10 @@ class Reporting(Resumable):
         else:
             super().log(logs, start_time)
 
-    def tell(self, row: dict[str, Any]) -> None:
-        """The numbers of a row as `train/<series>`, where a receiver is named."""
-        if self.args.report_to:
+    def tell(self, rows: list[dict[str, Any]]) -> None:
+        """The numbers of the rows of a block as `train/<series>`, each at its step, where a receiver is named."""
+        for row in rows if self.args.report_to else ():
+            then = copy.copy(self.state)
+            then.global_step = row["step"]
             told = {name: value for name, value in numbers(row).items() if name not in ("step", "time")}
-            self.control = self.callback_handler.on_log(self.args, self.state, self.control, told)
+            self.callback_handler.on_log(self.args, then, copy.copy(self.control), told)

@@ -76,6 +76,7 @@ class StackTrainer(Reporting):
         self.skips, self.guard, self.faults = Skips(guard.named("TrainGradSpike")), guard, faults
         self.retriever = Retriever(stream, p)
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank, dist.get_world_size())
+        self.rows.told = self.tell
         about = model, p, mesh, stream, self.loss, self.rows, guard, folder / "telemetry" / f"{name}.events.jsonl"
         self.measuring = Measuring(*about, self.args.device)
         self._update_skipped, self._row = False, dict[str, Any]()
@@ -186,7 +187,6 @@ class StackTrainer(Reporting):
         if not self._row:
             return
         row, self._row = self.rows.write(self.state.global_step, self.measuring.later, **self._row), {}
-        self.tell(row)
         if self.rank == 0:
             step = self.state.global_step
             alerts = self.guard.observe(row)
