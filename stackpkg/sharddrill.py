@@ -27,15 +27,17 @@ PAGES = ("CorruptedShardRollback", "DataShardCorrupt")
 
 
 def profile() -> Params:
-    """The job of the fault drills on two processes, which nothing restarts, with a checkpoint every four steps."""
+    """The job of the fault drills on two processes, which nothing restarts, with a checkpoint every four steps and a
+    context that all documents fit, so that new ones are read in every step."""
     p = drills.profile(drills.Drill("", (), layout={"restarts": 0}), 2)
-    changed = {"snapshots": {"every_steps": EVERY}, "governance": {"demonstration_keys": True}}
+    changed: dict[str, Any] = {"snapshots": {"every_steps": EVERY}, "governance": {"demonstration_keys": True}}
+    changed["curriculum"] = [{"steps": drills.STEPS, "context": p.data.longest_document, "long_range": 0.25}]
     return params.validate(p.model_dump(mode="json") | changed)
 
 
 def victim(stream: Stream) -> tuple[str, int]:
-    """(file, offset) of a byte in the middle of the longest text that step `READ` is the first to read, on rank 0, from
-    a block that this rank has checked, and trusts, before the byte flips."""
+    """(file, offset) of a byte in the middle of a text that step `READ` is the first to read, on rank 0; where there is
+    one, from a block that this rank has checked, and trusts, before the byte flips."""
     corpus, plan, pieces = stream.corpus, stream.plan, stream.schedule.pieces
     size = manifest.BLOCK // np.dtype(corpus.manifest["dtype"]).itemsize
     mine = [
@@ -45,13 +47,13 @@ def victim(stream: Stream) -> tuple[str, int]:
     rows = (i for step in range(READ - 1) for i in plan.rows_at(plan.position(step)))
     before = {document for i in rows for document, *_ in pieces(i)}
 
-    def middle(piece: tuple[int, int, int]) -> int:
-        return int(corpus.offset[piece[0]]) + piece[1] + piece[2] // 2
+    def place(piece: tuple[int, int, int]) -> tuple[int, int]:
+        return int(corpus.shard[piece[0]]), int(corpus.offset[piece[0]]) + piece[1] + piece[2] // 2
 
-    known = {(corpus.shard[piece[0]], middle(piece) // size) for part in mine[: FLIPS - 1] for piece in part}
-    due = [piece for piece in mine[READ - 1] if (corpus.shard[piece[0]], middle(piece) // size) in known]
-    chosen = max((piece for piece in due if piece[0] not in before), key=lambda piece: piece[2])
-    return f"data/shards/{corpus.names[corpus.shard[chosen[0]]]}.bin", middle(chosen) * manifest.BLOCK // size
+    known = {(shard, at // size) for part in mine[: FLIPS - 1] for shard, at in map(place, part)}
+    new = [(piece[2], *place(piece)) for piece in mine[READ - 1] if piece[0] not in before]
+    _, shard, at = max(new, key=lambda each: ((each[1], each[2] // size) in known, each[0]))
+    return f"data/shards/{corpus.names[shard]}.bin", at * manifest.BLOCK // size
 
 
 def _launch(folder: RunFolder, p: Params, flip: dict[str, Any]) -> str:

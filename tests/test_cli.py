@@ -363,7 +363,7 @@ def test_params_tells_defaults_ranges_and_meanings() -> None:
 
 
 def test_trace_goes_both_ways(run: Path) -> None:
-    assert "give one of --step, --document and --shard" in call("trace", run).stderr
+    assert "give one of --step, --document, --shard and --due" in call("trace", run).stderr
     assert "has no training job 'train'; it has none" in call("trace", run, "--step", "0").stderr
     shutil.copytree(corpus(), run / "data")
     names = ("manifest.json", "pairs.parquet", "long_range.parquet")
@@ -377,4 +377,18 @@ def test_trace_goes_both_ways(run: Path) -> None:
     source = next(row["source"] for row in documents() if row["record_id"] == record)
     assert any(line.endswith(f"source {source}") for line in lines if f"record_id {record}" in line)
     assert call("trace", run, "--document", source).stdout == call("trace", run, "--document", record).stdout
-    assert "no record 'unknown' in the corpus. Give a record id" in call("trace", run, "--document", "unknown").stderr
+    assert (
+        "no record 'unknown' in the corpus. Give a record id, its source"
+        in call("trace", run, "--document", "unknown").stderr
+    )
+    assert call("trace", run, "--due").stdout == "none\n"
+    whole = call("trace", run, "--document", "folder:t/code1*").stdout
+    named = re.findall(r"document \w+  (\S+)", whole)
+    assert sorted(named) == sorted(f"folder:t/code1{k}.py" for k in ("", *range(10)))
+    alone = {line for name in named for line in call("trace", run, "--document", name).stdout.splitlines()}
+    steps = [line for line in whole.splitlines() if line.startswith("step ")]
+    assert steps and set(steps) == {line for line in alone if line.startswith("step ")}, "those of its documents"
+    due = call("withdraw", run, "--record", "folder:t/*", "--reason", "the whole folder")
+    assert due.exit_code == 0 and len(provenance.withdrawals(run / "data/withdrawn.jsonl")) == len(documents())
+    late = call("trace", run, "--due").stdout
+    assert f"document {record}  {source}  withdrawn" in late and "step 3  use text" in late

@@ -110,9 +110,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     place = tmp_path_factory.mktemp("lab") / "small"
     for part in ("stackpkg", "params", "governance"):
         shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
-    p = drills.profile(drills.Drill("", ()), 1)
-    changed = {"run": "small", "governance": {"demonstration_keys": True}, "snapshots": {"every_steps": 4}}
-    p = params.validate(p.model_dump(mode="json") | changed)
+    alone = {"run": "small", "layout": {"processes": 1, "fsdp": 1}}
+    p = params.validate(sharddrill.profile().model_dump(mode="json") | alone)
     (place / "params/small.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json")))
     defaults = params.validate({}).model_dump(mode="json") | {"run": "lab"}
     given = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in defaults.items())
