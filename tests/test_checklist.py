@@ -125,6 +125,37 @@ def test_every_check_is_recorded_by_the_notebook_it_names() -> None:
             assert not unknown, f"{item.id}: {check.evidence} records no {unknown}"
 
 
+GOVERNED = {
+    "cards": 6, "cards_invalid": 0, "sources": 9, "licences_unknown": 0, "crate_problems": 0, "requirements": 58,
+    "requirements_outside": 15, "requirements_unanswered": 0, "records_scanned": 9, "records_compared": 8,
+    "personal_per_million": 3.5, "personal_limit": 10.0, "privacy_decided": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({}, "green"),
+        ({"licences_unknown": 1}, "red"),
+        ({"cards_invalid": 1}, "red"),
+        ({"crate_problems": 1}, "red"),
+        ({"requirements_unanswered": 1}, "red"),
+        ({"requirements_outside": 58}, "red"),
+        ({"personal_per_million": 10.5}, "red"),
+        ({"records_compared": 0}, "red"),
+        ({"privacy_decided": 0}, "red"),
+    ],
+)
+def test_governance_is_green_by_every_check_and_no_less(tmp_path: Path, change: dict, status: str) -> None:
+    folder = runs.RunFolder.__new__(runs.RunFolder)
+    folder.name, folder.path = "demo", tmp_path
+    for name in ("governance/page.md", "data/corpus.jsonld", "ro-crate-metadata.json"):
+        runs.write_text(folder / name, "{}")
+    folder.record("60_archive_governance", **GOVERNED | change)
+    (item,) = (item for item in checklist.evaluate(folder, P) if item["id"] == "E3")
+    assert item["status"] == status, item["reasons"]
+
+
 def test_every_limit_that_names_a_parameter_exists() -> None:
     folder = runs.RunFolder.__new__(runs.RunFolder)
     folder.name, folder.path = "none", ROOT / "tests/none"

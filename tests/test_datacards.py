@@ -20,7 +20,7 @@ from stackpkg.governance import croissant, crosswalk, datacards, report
 
 SEEN = {
     "detector": {"presidio-analyzer": "2"}, "records": 3, "compared": 2, "left": 1, "per_million": 2.5,
-    "before": {"EMAIL_ADDRESS": {"found": 4, "left": 3}}, "after": {"PHONE_NUMBER": {"found": 2, "left": 1}},
+    "before": {"EMAIL_ADDRESS": {"found": 4, "left": 3}}, "after": {}, "all": {"PHONE_NUMBER": {"found": 2, "left": 1}},
     "masked_by_scrubber": {"personal_email": 3}, "not_looked_for": "Names",
 }  # fmt: skip
 MORE = {"version": "v1", "sets": {"pairs": 5}}
@@ -63,7 +63,7 @@ def test_an_unknown_licence_is_counted_and_said_loudly(place: Path) -> None:
 def test_the_pages_state_the_facts(known: Any) -> None:
     folder, _, told = known
     provenance, model, summary = (path.read_text() for path in datacards.write(folder, told | MORE))
-    assert "| min_words | 1 |" in provenance and "| EMAIL_ADDRESS | 4 | 3 | 0 | 0 |" in provenance
+    assert "| min_words | 1 |" in provenance and "| EMAIL_ADDRESS | 3 | 0 | 0 | 0 |" in provenance
     assert "| PHONE_NUMBER | 0 | 0 | 2 | 1 |" in provenance
     assert "| precision_at_k | 0.25 |" in model and "No evidence in this run." in model
     sections = re.findall(r"^#+ (\d[\d.]*)", summary, re.M)
@@ -116,6 +116,7 @@ def test_a_hostile_name_is_shown_in_every_page_and_does_nothing(known: Any) -> N
     reason = f"unreadable: {HOSTILE}"
     for path in datacards.write(folder, told | MORE):
         plain(path.read_text())
+        assert not re.search(r"<(script|a |img|h[1-3])", datacards.as_html(path.read_text()))
     assert {name, reason} <= cells((folder.path / "governance/provenance.md").read_text())
     page = report.write(folder, p, told).read_text()
     assert "<script" not in page and html.escape(reason).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in page

@@ -44,7 +44,7 @@ def _library() -> Any:
 def _shared(known: dict[str, Any]) -> dict[str, Any]:
     """What holds for every data set of the run."""
     data, privacy = known["parameters"]["data"], known["privacy"]
-    found = ", ".join(f"{n['left']} {kind}" for kind, n in privacy["after"].items() if n["left"]) or "nothing"
+    found = ", ".join(f"{n['left']} {kind}" for kind, n in privacy["all"].items() if n["left"]) or "nothing"
     return {
         "version": f"{known['manifest']['format']}.0.0",
         "date_published": known["built"],

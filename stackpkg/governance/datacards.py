@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from markdown_it import MarkdownIt
 
 from stackpkg import runs
 from stackpkg.data import manifest, provenance, sources
@@ -97,6 +98,12 @@ def render(template: str, known: dict[str, Any]) -> str:
         finalize=literal if ".md" in template else None,
     )  # fmt: skip
     return page.get_template(template).render(known)
+
+
+def as_html(page: str) -> str:
+    """A page as HTML for a notebook, its headings below those of the notebook; HTML in it stays text."""
+    made = MarkdownIt("commonmark", {"html": False}).enable("table").render(page)
+    return re.sub(r"(</?h)([1-3])>", lambda found: f"{found[1]}{int(found[2]) + 3}>", made)
 
 
 def write(folder: runs.RunFolder, known: dict[str, Any]) -> list[Path]:

@@ -96,45 +96,53 @@ def _sample(files: list[Path], megabytes: float) -> Iterator[tuple[str, str, str
                         yield row["record_id"], row["content_hash"], row["text"]
 
 
-def _tally(counts: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+def _tally(found: Iterable[Found]) -> dict[str, dict[str, int]]:
+    counts = dict[str, Counter[str]]()
+    for each in found:
+        counts.setdefault(each.kind, Counter(found=0, left=0)).update(found=1, left=int(not each.excuse))
     return {kind: dict(counts[kind]) for kind in sorted(counts)}
 
 
-def review(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
-    """Findings in the kept records and, for the same records, in the text as their sources still hold it; written to
-    `governance/privacy_review.json`. No text of a record is in it: a sample is a place and a shape.
+def _left(told: dict[str, dict[str, int]]) -> int:
+    return sum(each["left"] for each in told.values())
 
-    At most `governance.scan_mb` megabytes are looked at. Raises `ValueError` without a corpus or the extra.
+
+def review(folder: runs.RunFolder, p: Params) -> dict[str, Any]:
+    """Findings in the kept records (`all`) and, where a source still holds what was read, `before` and `after` for the
+    same records; written to `governance/privacy_review.json`. No text of a record is in it: a sample is a place and a
+    shape. At most `governance.scan_mb` megabytes are looked at.
+
+    Raises `ValueError` without a corpus or the extra.
     """
     find, files = detector(), manifest.records(folder.path / "data")
-    after, before, samples = dict[str, Counter[str]](), dict[str, Counter[str]](), list[dict[str, Any]]()
-    hashes, characters = dict[str, str](), 0
+    found, hashes, samples, characters = dict[str, list[Found]](), dict[str, str](), list[dict[str, Any]](), 0
     for name, content, text in _sample(files, p.governance.scan_mb):
-        hashes[name], characters = content, characters + len(text)
-        for kind, start, end, excuse in find(text):
-            after.setdefault(kind, Counter(found=0, left=0)).update(found=1, left=int(not excuse))
-            if not excuse:
-                samples.append({"kind": kind, "record_id": name, "start": start, "shape": shape(text[start:end])})
-    same = (row for row in sources.read(p.data.sources, []) if hashes.get(row["record_id"]) == row["content_hash"])
-    compared = 0
-    for row in same:
-        compared += 1
-        for kind, _, _, excuse in find(row["text"]):
-            before.setdefault(kind, Counter(found=0, left=0)).update(found=1, left=int(not excuse))
+        hashes[name], found[name], characters = content, find(text), characters + len(text)
+        samples += [
+            {"kind": each.kind, "record_id": name, "start": each.start, "shape": shape(text[each.start : each.end])}
+            for each in found[name]
+            if not each.excuse
+        ]
+    rows = (row for row in sources.read(p.data.sources, []) if hashes.get(row["record_id"]) == row["content_hash"])
+    earlier = {row["record_id"]: find(row["text"]) for row in rows}
     audit = pq.read_table(folder.path / "data/audit.parquet", columns=["filter", "value", "decision"])
     masked = audit.filter(pc.equal(audit["decision"], "mask")).group_by("filter").aggregate([("value", "sum")])
-    left = sum(each["left"] for each in after.values())
+    every = _tally(each for group in found.values() for each in group)
     told = {
         "detector": {name: metadata.version(name) for name in ("presidio-analyzer", "phonenumbers", "tldextract")},
         "not_looked_for": NAMES,
         "records_sha256": [runs.digest(file) for file in files],
-        "records": len(hashes), "characters": characters, "compared": compared,
-        "after": _tally(after), "before": _tally(before), "left": left,
-        "left_before": sum(each["left"] for each in before.values()),
-        "per_million": 1e6 * left / max(characters, 1),
+        "records": len(hashes),
+        "characters": characters,
+        "compared": len(earlier),
+        "all": every,
+        "before": _tally(each for group in earlier.values() for each in group),
+        "after": _tally(each for name in earlier for each in found[name]),
+        "left": _left(every),
+        "per_million": 1e6 * _left(every) / max(characters, 1),
         "masked_by_scrubber": {row["filter"]: int(row["value_sum"]) for row in masked.sort_by("filter").to_pylist()},
         "samples": sorted(samples, key=lambda s: (s["kind"], s["record_id"], s["start"]))[:SHOWN],
-    }  # fmt: skip
+    }
     runs.write_json(folder / "governance/privacy_review.json", told)
     return told
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import markupsafe
 import matplotlib as mpl
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from stackpkg import plots, runs
 from stackpkg.data import manifest, provenance
@@ -24,17 +25,30 @@ MOST = 12  # bars of a picture; the tables hold every name
 DAY = 86_400
 
 
-def _picture(title: str, alt: str, draw: Callable[[Axes], None]) -> dict[str, Any]:
-    """Names come from data: no mathematics is read in them."""
-    with mpl.rc_context({"text.parse_math": False, "svg.fonttype": "path"}):
-        figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
-        draw(axis)
-        svg = plots.svg(figure)
-        plt.close(figure)
-    return {"title": title, "alt": alt, "svg": markupsafe.Markup(svg[svg.index("<svg") :])}  # noqa: S704  matplotlib's
+class Picture(NamedTuple):
+    title: str
+    alt: str
+    draw: Callable[[Axes], object]
 
 
-def _bars(title: str, counts: list[tuple[str, int]]) -> dict[str, Any]:
+def figure(picture: Picture) -> Figure:
+    """Drawn; names come from data, so that no mathematics is read in them."""
+    with mpl.rc_context({"text.parse_math": False}):
+        made, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+        picture.draw(axis)
+    axis.set_title(picture.title)
+    return made
+
+
+def _svg(picture: Picture) -> markupsafe.Markup:
+    with mpl.rc_context({"svg.fonttype": "path"}):
+        made = figure(picture)
+        svg = plots.svg(made)
+    plt.close(made)
+    return markupsafe.Markup(svg[svg.index("<svg") :])  # noqa: S704  matplotlib's own
+
+
+def _bars(title: str, counts: list[tuple[str, int]]) -> Picture:
     shown = counts[:MOST][::-1]
 
     def draw(axis: Axes) -> None:
@@ -43,11 +57,11 @@ def _bars(title: str, counts: list[tuple[str, int]]) -> dict[str, Any]:
         axis.set(xlabel="documents")
 
     told = ", ".join(f"{name} {count}" for name, count in counts[:3])
-    return _picture(title, f"{title}: {told or 'none'}; {len(counts)} in all.", draw)
+    return Picture(title, f"{title}: {told or 'none'}; {len(counts)} in all.", draw)
 
 
-def pictures(folder: runs.RunFolder, p: Params, known: dict[str, Any]) -> list[dict[str, Any]]:
-    """Title, alternative text and SVG of each picture: trust, time-to-live, what was rejected, licences."""
+def pictures(folder: runs.RunFolder, p: Params, known: dict[str, Any]) -> list[Picture]:
+    """Title, alternative text and drawing of each picture: trust, time-to-live, what was rejected, licences."""
     files = manifest.records(folder.path / "data")
     scored = pq.read_table(folder.path / "data/trust.parquet", columns=["trust"])["trust"].to_numpy()
     ends = np.concatenate(
@@ -67,9 +81,9 @@ def pictures(folder: runs.RunFolder, p: Params, known: dict[str, Any]) -> list[d
 
     below, half = int((scored < low).sum()), float(days[len(days) // 2])
     return [
-        _picture("Trust", f"Trust of {len(scored)} scored records: median {np.median(scored):.2f}, lowest "
+        Picture("Trust", f"Trust of {len(scored)} scored records: median {np.median(scored):.2f}, lowest "
                  f"{scored.min():.2f}; {below} are below the limit of {low:g}.", trust),
-        _picture("Time-to-live", f"Records that may still be used: the first ends in {days[0]:.0f} days, half of them "
+        Picture("Time-to-live", f"Records that may still be used: the first ends in {days[0]:.0f} days, half of them "
                  f"in {half:.0f}, the last in {days[-1]:.0f}.", horizon),
         _bars("Rejected, by reason", known["rejected"]),
         _bars("Licences", known["counts"]["licence"]),
@@ -81,5 +95,6 @@ def write(folder: runs.RunFolder, p: Params, known: dict[str, Any]) -> Path:
     tables = [(f"All {name}", name, rows) for name, rows in (
         ("licences", known["counts"]["licence"]), ("reasons", known["rejected"]),
         ("languages", known["counts"]["language"]), ("sources", known["counts"]["source"]))]  # fmt: skip
-    about = {"pictures": pictures(folder, p, known), "tables": tables, "style": markupsafe.Markup(STYLE)}  # noqa: S704  our own
+    drawn = [{**each._asdict(), "svg": _svg(each)} for each in pictures(folder, p, known)]
+    about = {"pictures": drawn, "tables": tables, "style": markupsafe.Markup(STYLE)}  # noqa: S704  our own
     return runs.write_text(folder / "governance/provenance.html", render("provenance.html.j2", known | about))
