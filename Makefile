@@ -32,7 +32,7 @@ lint: env
 	mypy
 
 lab: env
-	jupyter lab notebooks
+	jupyter lab notebooks --LabApp.default_url=/lab/tree/README.md
 
 book: profile env
 	stackpkg book outbox/$(RUN)
@@ -41,7 +41,7 @@ env: .venv/.complete
 
 # torch first, by pip: a looser requirement would pull gigabytes of CUDA where no GPU is. The rest through uv, which
 # installs the lock in seconds. The environment counts only when it is complete.
-.venv/.complete: requirements.lock.txt pyproject.toml
+.venv/.complete: requirements.lock.txt pyproject.toml notebooks/.overrides.json
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is missing: install it, or give its path: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@command -v git >/dev/null || { echo "git is missing: install git"; exit 1; }
 	@command -v ssh-keygen >/dev/null || { echo "ssh-keygen is missing: install openssh-client (signing and verifying need it)"; exit 1; }
@@ -52,7 +52,7 @@ env: .venv/.complete
 	@echo "[3/3] the locked packages"
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
-	@$(BIN)/python -c "import pathlib, sys; p = pathlib.Path(sys.prefix, 'share/jupyter/lab/settings'); p.mkdir(parents=True, exist_ok=True); (p / 'overrides.json').write_text('{\"@jupyterlab/apputils-extension:notification\": {\"fetchNews\": \"false\", \"checkForUpdates\": false}}')"
+	@mkdir -p .venv/share/jupyter/lab/settings && cp notebooks/.overrides.json .venv/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from stackpkg import cli_data, cli_governance, cli_telemetry, incidents, params
-from stackpkg.console import Folder, Job, folder_at, stop
+from stackpkg.console import AsJson, Folder, Job, folder_at, stop
 from stackpkg.doctor import doctor
 from stackpkg.runs import RunFolder, root
 from stackpkg.schema import allowed
@@ -86,12 +87,20 @@ def launch(
 @app.command("params")
 def reference(
     section: Annotated[str, typer.Argument(help="such as Data; none: all of them")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """What a profile may say: every parameter with its default, its range and its meaning."""
     known = params.reference()
     chosen = {name: known[name] for name in known if name.lower() == section.lower() or not section}
     if not chosen:
         stop(f"no section {section!r}; {allowed(section, known)}")
+    if as_json:
+        told = {
+            name: {"purpose": why, "parameters": [f._asdict() for f in fields]}
+            for name, (why, fields) in chosen.items()
+        }
+        typer.echo(json.dumps(told, indent=1))
+        return
     for name, (purpose, fields) in chosen.items():
         typer.secho(f"{name}: {' '.join(purpose.split())}", bold=True)
         for field in fields:
@@ -100,17 +109,27 @@ def reference(
 
 
 @app.command()
-def status(path: Folder) -> None:
+def status(path: Folder, as_json: AsJson = False) -> None:
     """Stages, checklist and sign-offs of a run."""
     from stackpkg import pipeline
     from stackpkg.governance import standing
 
     folder = folder_at(path)
-    for stage in pipeline.stages():
-        lock = pipeline.lock_of(folder, stage.name)
-        error = lock.get("error", "").strip().splitlines()  # the last line of a traceback says what was raised
-        typer.echo(f"{stage.name:<26} {lock['state']:<9} {lock.get('seconds', ''):>7}  {' '.join(error[-1:])[:160]}")
+    locks = [pipeline.lock_of(folder, stage.name) for stage in pipeline.stages()]
     items, found = standing.live(folder.path)
+    if as_json:
+        stage, line = (
+            ("stage", "state", "started", "seconds", "cell", "error"),
+            ("id", "status", "text", "reasons", "files"),
+        )
+        told: dict[str, object] = {"run": folder.name, "problems": found, "notice": standing.notice(folder.path)}
+        told["stages"] = [{key: lock.get(key) for key in stage} for lock in locks]
+        told["checklist"] = [{key: item.get(key) for key in line} for item in items]
+        typer.echo(json.dumps(told, indent=1))
+        return
+    for lock in locks:
+        error = lock.get("error", "").strip().splitlines()  # the last line of a traceback says what was raised
+        typer.echo(f"{lock['stage']:<26} {lock['state']:<9} {lock.get('seconds', ''):>7}  {' '.join(error[-1:])[:160]}")
     typer.echo("" if items else "\nno checklist yet: 90_sign_off writes it")
     for item in items:
         typer.secho(f"{item['id']:<3} {item['status']:<6} {item['text']}", fg=COLOUR[item["status"]])

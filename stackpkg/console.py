@@ -10,6 +10,7 @@ import typer
 from stackpkg import runs
 
 Folder = Annotated[Path, typer.Argument(help="a run's folder, such as outbox/smoke")]
+AsJson = Annotated[bool, typer.Option("--json", help="for scripts")]
 Job = Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")]
 
 

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import typer
 
 from stackpkg import runs
+from stackpkg.console import AsJson
 
 NEEDED = {
     "git": ("versions are recorded with it", "install git"),
@@ -90,7 +91,7 @@ def examine() -> list[Finding]:
     return found
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """What this machine is and lacks, and how to mend it. Ends with 1 where a run could not go."""
     found = examine()
     if as_json:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from stackpkg.runs import root
+from stackpkg.runs import chain, root
 from stackpkg.schema import Auxiliary, Data, Section, Share, Source, Stage, Until, allowed
 from stackpkg.schema_training import (
     Cluster,
@@ -266,7 +266,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Params:
 
     Takes what the cells that start with `# Parameters` assign, in the order they ran: the notebook's own defaults,
     then the cell papermill injects. So a misspelt key of `papermill -f profile.yaml` stops here too, although
-    papermill only warns about it.
+    papermill only warns about it. In JupyterLab it shows where in the chain of notebooks one stands.
     """
     values: dict[str, Any] = {}
     for source in namespace["In"]:
@@ -275,4 +275,11 @@ def from_notebook(namespace: Mapping[str, Any]) -> Params:
         values = {name: namespace[name] for name in Params.model_fields if name in namespace}
     if not values:
         raise ValueError("no cell that starts with `# Parameters` has run yet: run it first")
-    return validate(values)
+    p = validate(values)
+    if opened := os.environ.get(
+        "JPY_SESSION_NAME"
+    ):  # in JupyterLab, which names the notebook; elsewhere nothing is shown
+        from IPython.display import HTML, display  # half a second that a command need not pay
+
+        display(HTML(chain(p.run, Path(opened).stem)))
+    return p

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import nbformat
 import yaml
+from nbformat.sign import NotebookNotary
 
 from stackpkg import failure
 from stackpkg.data.listing import listing
@@ -218,10 +219,11 @@ def execute(stage: Stage, p: Params, folder: RunFolder, shown: Lines) -> dict[st
 
 
 def _scrub(output: Path, source: Path) -> None:
-    """Paths of this machine out of papermill's metadata and of what the cells printed."""
+    """Paths of this machine out of papermill's metadata and of what the cells printed; JupyterLab is to trust it."""
     notebook = nbformat.read(output, as_version=4)
     notebook.metadata["papermill"] |= {"input_path": source.name, "output_path": output.name}
     write_text(output, portable(nbformat.writes(notebook)) + "\n")
+    NotebookNotary().sign(nbformat.read(output, as_version=4))  # by the key of whoever ran it
 
 
 def select(first: str | None, only: str | None, last: str | None = None) -> list[Stage]:

@@ -48,7 +48,8 @@ def describe(figure: Figure) -> str:
         title, x, y = axis.get_title(), axis.get_xlabel() or figure.get_supxlabel(), axis.get_ylabel()
         drawn = [told for line in axis.get_lines() if (told := _runs(line))]
         drawn += [f"{len(axis.patches)} bars or areas"] * bool(axis.patches) + ["a map of colours"] * len(axis.images)
-        drawn += [f"{sum(len(dots.get_offsets()) for dots in axis.collections)} points"] * bool(axis.collections)
+        points = sum(np.shape(dots.get_offsets())[0] for dots in axis.collections)
+        drawn += [f"{points} points"] * bool(points)
         head = " ".join([title or y or "panel", *[f"over {x}"] * bool(x)])
         parts.append(f"{head}: {', '.join(drawn) or 'no data'}")
     return "; ".join(parts) or "an empty figure"

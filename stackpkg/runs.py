@@ -112,6 +112,20 @@ def by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
+def chain(run: str, here: str) -> str:
+    """Where one stands, as HTML: the notebooks in order, those that recorded their numbers in this run ticked, `here`
+    bold, and what is still due before it."""
+    names = sorted(path.stem for path in (root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    done = {name for name in names if (root() / "outbox" / run / "evidence" / f"{name}.json").exists()}
+    links = []
+    for name in names:
+        tick = " \N{CHECK MARK}" * (name in done)
+        links.append(f'<a href="{name}.ipynb">{f"<b>{name}</b>" if name == here else name}{tick}</a>')
+    due = [name for name in names[: names.index(here)] if name not in done] if here in names else []
+    told = f"<br>due before this one: {', '.join(due)}" if due else ""
+    return f"<p>Run <code>{run}</code>: " + " \N{RIGHTWARDS ARROW} ".join(links) + told + "</p>"
+
+
 class RunFolder:
     """`outbox/<name>/`, made when first asked for."""
 

@@ -130,6 +130,18 @@ def test_status_of_a_run(run: Path) -> None:
     assert lines["sign-offs:"].startswith("sign-offs: lock/00_check_readiness.json: added since the seal")
 
 
+def test_what_scripts_read_is_json(run: Path) -> None:
+    failed = {"stage": "10_curate_corpus", "state": "failed", "seconds": 1.0, "cell": "code cell 3 of 9"}
+    runs.write_json(run / "lock/10_curate_corpus.json", failed)
+    checklist.write(runs.RunFolder("demo"), [ITEM])
+    told = json.loads(call("status", run, "--json").stdout)
+    stages = {stage["stage"]: stage for stage in told["stages"]}
+    assert stages["10_curate_corpus"]["cell"] == "code cell 3 of 9" and stages["31_train"]["state"] == "never ran"
+    assert told["checklist"][0]["reasons"] == ITEM["reasons"] and told["run"] == "demo" and told["problems"]
+    data = json.loads(call("params", "data", "--json").stdout)["Data"]["parameters"]
+    assert next(p for p in data if p["name"] == "workers")["default"] == "2"
+
+
 def test_status_shows_the_checklist_and_why_an_item_is_not_green(run: Path) -> None:
     runs.write_text(run / "checklist.yaml", "")
     green = ITEM | {"id": "D2", "status": "green", "reasons": []}

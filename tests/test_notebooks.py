@@ -58,6 +58,14 @@ def test_name_title_and_promise(name: str) -> None:
     assert re.match(r"# \w[^\n]*\n+(> [^\n]+\n?)+", first.source), "a title, then the promise as a quotation"
 
 
+def test_the_overview_leads_to_every_notebook_with_its_promise() -> None:
+    page = (ROOT / "notebooks/README.md").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^\| \[(\w+)\]\(\1\.ipynb\) \| (.+) \|$", page, re.MULTILINE))
+    said = {name: [line.lstrip("> ") for line in notebook.cells[0].source.splitlines() if line.startswith(">")]
+            for name, notebook in NOTEBOOKS.items()}  # fmt: skip
+    assert found == {name: " ".join(lines) for name, lines in said.items()}
+
+
 @every
 def test_headings_stand_in_order(name: str) -> None:
     markdown = [cell.source for cell in NOTEBOOKS[name].cells if cell.cell_type == "markdown"]

@@ -279,3 +279,15 @@ def test_a_parameters_cell_reads_back_as_papermill_writes_it(values: dict[str, A
 def test_a_default_that_is_no_literal_is_an_error_and_not_skipped() -> None:
     with pytest.raises(ValueError, match="malformed"):
         params.assigned("# Parameters\nseed = int('3')\n")
+
+
+def test_in_jupyterlab_the_place_in_the_chain_is_shown(monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    names = {"In": ["# Parameters\nrun = 'lab'"]}
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    params.from_notebook(names)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("JPY_SESSION_NAME", "/somewhere/notebooks/31_train.ipynb")
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda made: shown.append(made.data))
+    params.from_notebook(names)
+    assert "<b>31_train</b>" in shown[0] and "Run <code>lab</code>" in shown[0]

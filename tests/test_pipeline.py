@@ -279,14 +279,14 @@ def test_in_a_pipe_a_stage_is_one_line(repo: Repository) -> None:
 
 def test_a_failed_notebook_is_kept_and_the_next_run_resumes_at_it(repo: Repository) -> None:
     repo.write(make="# new\n" + MAKE, use=USE.replace("limit =", "1 / 0\nlimit ="))
-    where = r'20_use failed in code cell 3 of 3: folder\.inputs\("data/number\.json"\)'
+    where = r'20_use failed in code cell 4 of 4: folder\.inputs\("data/number\.json"\)'
     told = (
         where
         + r"\n  cause  ZeroDivisionError: division by zero\n  see    outbox/demo/nb/20_use\.ipynb.*\n  next   mend"
     )
     assert repo.fails(told) == ["10", "20"]
     lock = repo.lock("20_use")
-    assert lock["cell"].startswith("code cell 3 of 3")
+    assert lock["cell"].startswith("code cell 4 of 4")
     assert lock["state"] == "failed" and "ZeroDivisionError: division by zero" in lock["error"]
     kept = nbformat.read(repo.folder / "nb/20_use.ipynb", as_version=4)
     assert any(
@@ -326,7 +326,7 @@ def test_a_misspelt_parameter_of_a_notebook_is_an_error(repo: Repository) -> Non
 
 def test_a_dead_kernel_is_a_failure_whatever_papermill_writes(repo: Repository) -> None:
     repo.write(use=USE.replace("limit =", "os.kill(os.getpid(), 9)\nlimit ="))
-    repo.fails(r"(?is)code cell 3 of 3.*kernel died.*next   the kernel died, most often for want of memory")
+    repo.fails(r"(?is)code cell 4 of 4.*kernel died.*next   the kernel died, most often for want of memory")
     lock = repo.lock("20_use")
     assert lock["state"] == "failed" and "DeadKernelError" in lock["error"] and "outputs" not in lock
     assert (repo.folder / "nb/20_use.ipynb").exists()

@@ -196,3 +196,14 @@ def test_the_environment_tells_two_runs_apart_and_nobody_s_name() -> None:
 def test_the_environment_of_a_folder_that_is_no_checkout(folder: runs.RunFolder) -> None:
     known = runs.environment()
     assert (known["git_commit"], known["git_dirty"], known["lock_sha256"]) == ("", False, "")
+
+
+def test_the_chain_ticks_what_is_done_and_names_what_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    for name in ("10_make", "20_use", "30_end"):
+        runs.write_text(tmp_path / f"notebooks/{name}.ipynb", "{}")
+    runs.RunFolder("lab").record("10_make", documents=3)
+    said = runs.chain("lab", "30_end")
+    assert '<a href="10_make.ipynb">10_make \N{CHECK MARK}</a>' in said and "<b>30_end</b>" in said
+    assert said.endswith("<br>due before this one: 20_use</p>") and said.count("\N{CHECK MARK}") == 1
+    assert "due" not in runs.chain("lab", "20_use") and "due" not in runs.chain("lab", "some other notebook")
