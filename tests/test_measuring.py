@@ -19,7 +19,7 @@ from stackpkg.data.stream import Stream
 from stackpkg.model.patterns import layout
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder
-from stackpkg.telemetry import flops, probes, rows
+from stackpkg.telemetry import flops, probes, rows, store
 from stackpkg.telemetry.guard import Guard, load
 from stackpkg.training import measuring, mesh, parity
 from stackpkg.training.optim import training_arguments
@@ -203,6 +203,8 @@ def test_a_planted_slow_probe_is_thinned_and_a_resumed_job_goes_on_alike(
     assert table.attention_entropy_mean.notna().all(), "rows between two runs repeat the last"
     events = [json.loads(line) for line in whole.measuring.events.read_text().splitlines()]
     assert (events[0]["probe"], events[0]["was"], events[0]["every"], events[0]["step"]) == ("attention", 2, 4, 8)
+    kinds = [event["kind"] for event in store.events(whole.folder, "slow")]
+    assert kinds.count("thinned") == len(events)
     assert events[0]["seconds"] >= 0.5 and events[0]["share"] > 0.01 and events[0]["attempt"] == 1
     assert "probe attention takes" in printed and "every 4 steps, not 2" in printed
     job("slow_two", telling(**slow), steps=8)

@@ -271,6 +271,15 @@ def test_rows_tell_of_both_stages_and_of_time(lab: RunFolder, spread) -> None:
     assert (table.masked_edge_share == 0).all() and table.router_entropy_min.between(0, 1).all()
     both = pd.read_parquet(lab.path / "telemetry/two_twice.parquet")
     assert rows.missing(both, STEPS) == 0 and len(both) == 2 * STEPS
+    for name in ("step_seconds", "data_wait_seconds", "memory_mb"):  # each rank knows the worst of both
+        steps = both.pivot(index="step", columns="rank", values=name)
+        assert table[f"{name}_max"].tolist() == steps.max(axis=1).tolist()
+        assert table[f"{name}_max_rank"].tolist() == steps.idxmax(axis=1).tolist()
+        assert table[f"{name}_mean"].tolist() == pytest.approx(steps.mean(axis=1).tolist())
+    other = history(lab, "two_twice", 1)
+    assert (other.grad_norm_part_max == table.grad_norm_part_max).all()
+    assert (table.grad_norm_part_max < table.grad_norm).all() and table.grad_norm_part_max_rank.isin([0, 1]).all()
+    assert table.router_usage.notna().any() and not other.get("router_usage", pd.Series([None])).notna().any()
 
 
 def test_a_bad_gradient_is_skipped_without_a_trace(lab: RunFolder, alone, spread) -> None:

@@ -20,11 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stackpkg.data import curriculum
 from stackpkg.data.stream import Stream
 from stackpkg.objectives import StepCounts, norms
 from stackpkg.params import Params
-from stackpkg.telemetry import flops
+from stackpkg.telemetry import flops, privacy
 from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.probes import model_statistics
 from stackpkg.telemetry.rows import RowWriter
@@ -194,7 +193,7 @@ class Measuring:
             self._tell(event | {"step": rows[-1]["step"], "attempt": rows[-1]["attempt"]})
 
     def _tell(self, event: dict[str, Any]) -> None:
-        curriculum.record(self.events, [event])
+        privacy.append(self.events, [event])
         cost = f"{event['probe']} takes {event['share']:.2%} of the time, all probes {event['share_of_all']:.2%}"
         limit = f"the budget is {event['budget']:.2%}: every {event['every']} steps, not {event['was']}"
         print(f"[{self.rows.folder.name}] probe {cost}; {limit}", flush=True)
