@@ -44,13 +44,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def events(run: Path, job: str) -> list[dict[str, Any]]:
-<<<<<<< HEAD
     """Attempts, rungs, decisions about the data, alerts, probes that were thinned and checkpoints of a job, by step.
     Steps are those of the rows, from 1; a decision holds from the one after its step."""
-=======
-    """Attempts, rungs of the ladder, decisions about the data, alerts, thinned probes and checkpoints, by step. Steps are
-    those of the rows, from 1; a decision holds from the one after its step."""
->>>>>>> refs/heads/probes
     home, found = run / "checkpoints" / job, list[dict[str, Any]]()
     begun = read_json(home / "attempts.json") if (home / "attempts.json").exists() else []
     for number, attempt in enumerate(begun, 1):
@@ -61,11 +56,7 @@ def events(run: Path, job: str) -> list[dict[str, Any]]:
     found += [{"kind": "rung", "step": rung["last"]} | rung for rung in _lines(home / "ladder.jsonl")]
     found += [each | {"kind": "decision", "what": each["kind"]} for each in _lines(home / "decisions.jsonl")]
     found += [{"kind": "alert"} | each for each in _lines(run / f"telemetry/{job}.alerts.jsonl")]
-<<<<<<< HEAD
-    found += [{"kind": "telemetry"} | each for each in _lines(run / f"telemetry/{job}.events.jsonl")]
-=======
     found += [{"kind": each.pop("event")} | each for each in _lines(run / f"telemetry/{job}.events.jsonl")]
->>>>>>> refs/heads/probes
     for path in home.glob("checkpoint-*/complete.json"):
         at = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
         found.append({"kind": "checkpoint", "step": int(path.parent.name.rpartition("-")[2]), "happened": at})
