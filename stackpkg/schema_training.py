@@ -183,6 +183,9 @@ class Sweep(Section):
         description="of a trial, which may be too short to unlearn all; the run's own "
         "limit is evaluation.max_violations",
     )
+    min_precision_at_k: Share | None = Field(
+        None, description="of a trial, which may be too short to learn it; null: evaluation.min_precision_at_k"
+    )
     finalists: int = Field(3, ge=1, description="best trials that run again, beside the profile")
     seeds: int = Field(3, ge=1, description="seeds of each finalist, none of which the search saw")
     hot: list[Annotated[float, Field(gt=0)]] = Field(

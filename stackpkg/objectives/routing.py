@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how many, in the configurations of transformers
-CENTER = "center"  # the buffer that is taken from all logits
 BIAS = "e_score_correction_bias"  # the name transformers gives the buffer that moves the choice and not the weight
+CENTER = "center"  # the buffer of the reference model that is taken from all logits
+STATE = {"bias": BIAS, "center": CENTER}  # what training sets, by its name in a checkpoint
 
 
 class Routed(NamedTuple):
