@@ -21,7 +21,7 @@ def numbered(model: Tokenizer) -> np.ndarray:
 
 
 def rarity(corpus: Corpus, word: np.ndarray) -> np.ndarray:
-    """float32 [vocab], at least 0: inverse document frequency of each token's word among the pieces of `PIECE` tokens of
+    """float32 [vocab], at least 0: inverse document frequency of each token's word in the pieces, of `PIECE` tokens, of
     `DOCUMENTS` documents of training text, spread evenly; 0 for word 0. `word` as from `numbered`.
     """
     train = np.flatnonzero(corpus.split == "train")

@@ -34,7 +34,8 @@ class TextEmbedding(nn.Module):
         are those of weighted counts of words, nearly (feature hashing: Weinberger et al., arXiv 0902.2206). `rarity`
         [vocab] is 0 for a token that says nothing.
         """
-        drawn = torch.randn(int(word.max()) + 1, self.words.embedding_dim, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(int(word.max()) + 1, self.words.embedding_dim, generator=generator)
         self.words.weight.copy_(drawn[word] * (rarity / rarity.max() / 10)[:, None])
         self.words.weight[self.pad_id] = 0
         self.weight.weight.zero_()

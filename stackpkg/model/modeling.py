@@ -163,8 +163,8 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
         """Logits [b, L, vocab], or of the last `logits_to_keep` positions; with `labels` the next-token loss.
 
         With `output_hidden_states` also the embedding of each text; `text_ids` [b, L] are its tokens where `input_ids`
-        are not at hand. `position_ids` and `memory_ids` are named because the stock `Trainer` drops from a batch what a forward does not
-        name.
+        are not at hand. `position_ids` and `memory_ids` are named because the stock `Trainer` drops from a batch what a
+        forward does not name.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         out = self.model(**given, memory_ids=memory_ids, **kwargs)

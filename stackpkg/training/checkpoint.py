@@ -58,8 +58,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: 
 
 
 def biases(composer: Composer, pipeline: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
-    """`bias.<layer>` and `center.<layer>`: choice biases and centers of the routers that have one. A collective over the
-    stages of a pipeline, each of which has the routers of its own layers."""
+    """`bias.<layer>` and `center.<layer>`: choice biases and centers of the routers that have them. A collective over
+    the stages of a pipeline, each of which has the routers of its own layers."""
     held = ((name, *item) for name in routing.STATE for item in enumerate(composer.routers))
     found = ((f"{name}.{number}", getattr(router, routing.STATE[name], None)) for name, number, router in held)
     mine = {key: state.detach().cpu() for key, state in found if isinstance(state, Tensor)}
