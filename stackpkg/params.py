@@ -83,6 +83,8 @@ class Objectives(Section):
     usage_decay: float = Field(0.9, ge=0, lt=1, description="EMA decay of each expert's share")
     bias_rate: float = Field(0.0, ge=0, le=1, description="step of the choice bias, which balances without a loss; "
                              "arXiv 2408.15664 has 0.001. Only for routers that have one")  # fmt: skip
+    center_rate: float = Field(0.0, ge=0, le=1, description="share of the way that a step moves what is taken from all "
+                               "router logits to their mean; only for routers of the reference model")  # fmt: skip
     reward_horizon: int = Field(1024, ge=1, description="optimiser steps the experts' reward estimates look back")
     tau: float = Field(0.05, gt=0, le=1, description="temperature of InfoNCE")
     mined_negatives: int = Field(

@@ -183,6 +183,12 @@ class Sweep(Section):
         description="of a trial, which may be too short to unlearn all; the run's own "
         "limit is evaluation.max_violations",
     )
+    min_precision_at_k: Share | None = Field(
+        None, description="of a trial, which may be too short to learn it; null: evaluation.min_precision_at_k"
+    )
+    entropy_band: tuple[Share, Share] | None = Field(
+        None, description="of the routers of a trial, as young as that; null: evaluation.entropy_band"
+    )
     finalists: int = Field(3, ge=1, description="best trials that run again, beside the profile")
     seeds: int = Field(3, ge=1, description="seeds of each finalist, none of which the search saw")
     hot: list[Annotated[float, Field(gt=0)]] = Field(

@@ -98,6 +98,9 @@ def test_pairs_are_read_in_epochs_and_never_held_out(stream: Stream) -> None:
     assert set(keys[: len(train)]) == set(train) and not set(train) & set(held)
     assert stream.validation_pairs(5)["query_ids"].shape == (5, 8)
     assert len(stream.validation_pairs(10**6)["pair_key"]) == len(held)
+    asked = stream.validation_pairs(10**6)["record_id"].tolist()
+    modules = len({*asked})
+    assert len(held) > modules > 1 and len({*asked[:modules]}) == modules, "one of each before a second of any"
 
 
 def test_a_step_carries_all_its_pairs_or_none() -> None:

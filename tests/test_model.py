@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 
 from stackpkg import params
 from stackpkg.model import StackConfig, StackForCausalLM, attention_statistics, build
-from stackpkg.model.embedding import embed
+from stackpkg.model.embedding import embed, sinusoids
 from stackpkg.model.rotary import rotary
 
 SMALL = {
@@ -140,6 +140,48 @@ def test_right_padding_changes_nothing_and_left_padding_is_refused() -> None:
     torch.testing.assert_close(alone.norm(dim=-1), torch.ones(2))
     with pytest.raises(ValueError, match="padding on the right"):
         model(input_ids=padded.flip(1), attention_mask=(padded.flip(1) != 0).long())
+
+
+# ---- embeddings of texts, routers that begin apart
+
+
+def test_texts_are_as_alike_as_their_rare_words_and_place_and_state_decide_what_counts() -> None:
+    model = small(vocab=400, embedding_size=4_096).eval()
+    generator = torch.Generator().manual_seed(0)
+    word, rarity = torch.randint(1, 200, (400,), generator=generator), torch.rand(400, generator=generator)
+    word[0], rarity[0], rarity = 0, 0.0, rarity[word] * (word > 0)
+    model.embedder.begin(word, rarity, 7)
+    ids = torch.randint(1, 400, (6, 30), generator=generator)
+    counts = F.one_hot(word[ids], 200).sum(1) * torch.zeros(200).scatter(0, word, rarity)
+    counts = F.normalize(counts.float(), dim=-1)
+    found = embed(model, F.pad(ids, (0, 9)), 0)
+    torch.testing.assert_close(found @ found.T, counts @ counts.T, atol=0.05, rtol=0)
+    same = ids.clone()
+    same[0, 3] = (word == word[ids[0, 3]]).nonzero()[-1]  # another token of the same word
+    torch.testing.assert_close(embed(model, same, 0)[0], found[0], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        model.embedder.weight.weight.copy_(sinusoids(torch.zeros(1, 30, 32))[:1] * 4)  # the first word alone, nearly
+    first = F.normalize(model.embedder.words.weight[ids[:, 0]], dim=-1)
+    alone = model.embedder(torch.zeros(6, 30, 32), ids)
+    assert ((alone * first).sum(-1) > 0.9).all() and ((found * first).sum(-1) < 0.7).all()
+
+
+def test_embeddings_of_texts_are_off_by_default_and_saved_where_they_are_on(tmp_path: Path) -> None:
+    assert small().embedder is None and not [name for name in small().state_dict() if "embedder" in name]
+    model, ids = small(embedding_size=24).eval(), tokens(3, 12)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert embed(model, ids, 0).shape == (3, 24) and torch.equal(embed(again, ids, 0), embed(model, ids, 0))
+    assert model(input_ids=ids).text_embedding is None, "nobody asked"
+    with pytest.raises(ValueError, match="pad_token_id"):
+        StackForCausalLM(StackConfig(**SMALL, embedding_size=8))
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_router_logits_begin_with_the_spread_that_is_asked_for_at_any_width(width: int) -> None:
+    model = small(router_spread=1.8, hidden_size=width, num_experts=16)
+    logits = model(input_ids=tokens(8, 64), output_router_logits=True).router_logits
+    assert all(0.7 * 1.8 < float(layer.detach().std()) < 1.3 * 1.8 for layer in logits)
 
 
 def test_longer_reach_interpolates_the_slowest_frequency_alone() -> None:
@@ -309,6 +351,7 @@ def test_build_draws_weights_from_the_seed_alone() -> None:
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "multiple of num_key_value_heads"),
         ({"block_size": 1024}, "at most sliding_window"),
         ({"num_experts": 2, "num_experts_per_tok": 4}, "1..num_experts"),
+        ({"router_spread": -1.0}, "router_spread at least 0"),
     ],
 )
 def test_build_refuses_what_does_not_fit(config: dict, complaint: str) -> None:
@@ -352,7 +395,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_sharded_gradients_equal_those_of_one_process(tmp_path: object) -> None:
-    model = small(retrieval=True, attention_pattern="hybrid", summary_pooling="attention")
+    model = small(retrieval=True, attention_pattern="hybrid", summary_pooling="attention", embedding_size=24)
     ids, memory = tokens(4, 40), tokens(4, 12, seed=1) * (torch.arange(12) % 6 < 5)
     model.save_pretrained(tmp_path)
     loss(model, ids, memory).backward()

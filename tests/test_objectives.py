@@ -1,6 +1,7 @@
 """The objectives: properties of each term, and what the composer does with them."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,6 +296,41 @@ def test_choice_bias_balances_moves_no_weight_and_is_saved(config: dict, tmp_pat
     for router, other in zip(routers, again, strict=True):
         assert router.e_score_correction_bias.abs().sum() > 0
         assert torch.equal(router.e_score_correction_bias, other.e_score_correction_bias)
+
+
+def test_centred_routers_forget_what_all_tokens_have_in_common(tmp_path: Path) -> None:
+    model = tiny(STACK)
+    routers = routing.routers(model)
+    ids = torch.randint(1, 64, (4, 40), generator=torch.Generator().manual_seed(1))
+    for router in routers:  # expert 0 is everybody's first choice
+        router.center.copy_(torch.tensor([-3.0, 0.0, 0.0, 0.0]))
+    composer = Composer(EVEN.model_copy(update={"center_rate": 0.3, "usage_decay": 0.0}), routers)
+    usage, seen = [], []
+    for step in range(30):
+        with torch.no_grad(), routing.record(model) as routed:
+            model(input_ids=ids, use_cache=False)
+        for rows in (slice(0, 60), slice(60, None)):  # in two micro-batches of different size
+            composer._count([Routed(layer.logits[rows], layer.chosen[rows]) for layer in routed])
+        before = [router.center.clone() for router in routers]
+        composer.after_step(applied=step != 1)
+        if step == 1:
+            assert all(torch.equal(router.center, old) for router, old in zip(routers, before, strict=True))
+            continue
+        usage.append(float(composer.usage.max()))
+        seen.append(max(float(layer.logits.mean(0).abs().max()) for layer in routed))
+        for router, old, layer in zip(routers, before, routed, strict=True):
+            torch.testing.assert_close(router.center, old + 0.3 * layer.logits.mean(0), atol=1e-5, rtol=1e-4)
+    assert usage[0] == 0.5 and usage[-1] < 0.4 and seen[-1] < 0.01 * seen[0]
+    model.save_pretrained(tmp_path)
+    again = routing.routers(type(model).from_pretrained(tmp_path))
+    assert all(torch.equal(one.center, other.center) for one, other in zip(routers, again, strict=True))
+
+
+def test_a_center_needs_a_router_that_has_one() -> None:
+    composer = Composer(EVEN.model_copy(update={"center_rate": 0.1}), routing.routers(tiny(QWEN)))
+    forward(tiny(QWEN), composer, torch.ones(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="center_rate to 0"):
+        composer.after_step()
 
 
 def test_choice_bias_needs_a_router_that_has_one() -> None:

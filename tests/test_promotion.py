@@ -160,7 +160,7 @@ def test_versions_follow_what_changed_against_the_promoted_architecture(tmp_path
         promotion.promote(artifacts, candidate, f"v{number}", {}, [])
     entries = promotion.registry(artifacts)["history"]
     assert [entry["versions"]["architecture"] for entry in entries] == [version for _, version in steps]
-    assert {(entry["versions"]["router"], entry["versions"]["retriever"]) for entry in entries} == {("1.0", "1.0")}
+    assert {(entry["versions"]["router"], entry["versions"]["retriever"]) for entry in entries} == {("1.1", "1.0")}
 
 
 def test_every_setting_of_the_reference_model_has_a_kind_of_change() -> None:

@@ -159,6 +159,7 @@ class Router(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer(routing.BIAS, torch.randn(4))
+        self.register_buffer(routing.CENTER, torch.randn(4))
 
 
 def composer(steps: int) -> Composer:
@@ -175,7 +176,11 @@ def test_the_state_of_routers_is_read_apart(tmp_path: Path) -> None:
     assert other.steps == 7 and other.usage is not None and torch.equal(other.usage, one.usage)  # type: ignore[arg-type]
     assert all(torch.equal(other.bandit.sums[name], value) for name, value in one.bandit.sums.items())
     for mine, theirs in zip(one.routers, other.routers, strict=True):
-        assert torch.equal(getattr(mine, routing.BIAS), getattr(theirs, routing.BIAS))
+        assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in routing.STATE.values())
+    choice = {name: value for name, value in checkpoint.biases(one).items() if name.startswith("bias")}
+    checkpoint.write_router(tmp_path, one, choice)
+    checkpoint.read_router(tmp_path, other)
+    assert not any(getattr(router, routing.CENTER).any() for router in other.routers), "what a file of 1.0 tells"
     checkpoint.write_router(tmp_path, one, {})
     with pytest.raises(ValueError, match=r"router.safetensors has no choice bias of layer 0: take the file from"):
         checkpoint.read_router(tmp_path, other)
@@ -242,7 +247,7 @@ def test_a_job_keeps_what_its_profile_says_and_each_tells_what_it_is(lab: RunFol
         assert (about["run"], about["job"], about["attempt"], about["step"]) == ("lab", "steady", 1, step)
         assert about["data"] == digest(lab.path / "data/manifest.json")
         assert about["layout"]["fsdp"] == 2 and about["config"]["model_type"] == "llama"
-        assert about["versions"] == {"architecture": "1.0.0", "router": "1.0", "retriever": "1.0"}
+        assert about["versions"] == {"architecture": "1.0.0", "router": "1.1", "retriever": "1.0"}
     assert not list((home / snapshots.PARTIAL).iterdir())
     model = AutoModelForCausalLM.from_pretrained(home / "final")
     assert model.config.attention_dropout == 0.1

@@ -164,8 +164,9 @@ def test_limits_are_broken_by_the_worst_layer_by_violations_and_by_what_is_no_nu
     assert excess(P, report) == pytest.approx({"precision_at_k": -0.1, "router_entropy": -0.1})
     low = report | {"router": [{"entropy": 0.6}, {"entropy": 0.39}], "violations": 0.02}
     assert excess(P, low) == pytest.approx({"precision_at_k": -0.1, "router_entropy": 0.01, "violations": 0.02})
-    lenient = params.validate(VALUES | {"sweep": VALUES.get("sweep", {}) | {"max_violations": 0.05}})
-    assert excess(lenient, low)["violations"] == pytest.approx(-0.03)
+    own = {"max_violations": 0.05, "min_precision_at_k": 0.1, "entropy_band": [0.2, 1.0]}
+    lenient = excess(params.validate(VALUES | {"sweep": VALUES.get("sweep", {}) | own}), low)
+    assert lenient == pytest.approx({"violations": -0.03, "precision_at_k": -0.2, "router_entropy": -0.19})
     assert excess(P, report | {"router": [{"entropy": "NaN"}]})["router_entropy"] > 0
     assert excess(P, report | {"precision_at_k": "NaN"})["precision_at_k"] == math.inf
     assert "router_entropy" not in excess(P, report | {"router": []})  # a model without router

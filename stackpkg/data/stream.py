@@ -1,5 +1,6 @@
 """The seekable stream: batch `stream[t]` is a pure function of (seed, manifest, curriculum, decisions, t)."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,9 +206,13 @@ class Stream:
         return self._learnt(made)
 
     def validation_pairs(self, n: int) -> Batch:
-        """At most `n` held-out pairs: query_ids [n, Lq], positive_ids [n, Ld], pair_key, record_id [n]."""
-        known = self.schedule.withdrawn
-        left = [k for k, origins in enumerate(self._held_out) if origins[0] not in known][:n]
+        """At most `n` held-out pairs, the first of each record before the second of any, so that as many records as can
+        be are asked about: query_ids [n, Lq], positive_ids [n, Ld], pair_key, record_id [n].
+        """
+        known, before = self.schedule.withdrawn, Counter[str]()
+        left = [k for k, origins in enumerate(self._held_out) if origins[0] not in known]
+        place = {k: before.update([self._held_out[k][0]]) or before[self._held_out[k][0]] for k in left}
+        left = sorted(left, key=place.__getitem__)[:n]
         found = {name: self.pairs["held_out"][name][left] for name in ("query_ids", "positive_ids", "pair_key")}
         return found | {"record_id": np.array([self._held_out[k][0] for k in left], object)}
 

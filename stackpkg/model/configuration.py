@@ -55,9 +55,11 @@ class StackConfig(PreTrainedConfig):
     feature_map: Literal["elu", "favor"] = "elu"
     rope_theta: float = 1e6
     rope_alpha: float = 0.75  # trained length / served length; below 1 extends the context
+    embedding_size: int = 0  # numbers that embed a text for retrieval (`TextEmbedding`); 0: its last hidden states do
     retrieval: bool = False  # cross-attention over the tokens of retrieved records, `memory_ids`, on odd layers
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    router_spread: float = 0.0  # of router logits at first, at any width; 0: as `initializer_range` has it
     use_cache: bool = False
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -73,11 +75,12 @@ class StackConfig(PreTrainedConfig):
             or min(self.dilation, self.summaries_per_level) < 1
             or not 1 <= self.num_experts_per_tok <= self.num_experts
             or not 0 < self.rope_alpha <= 1
+            or min(self.embedding_size, self.router_spread) < 0
         ):
             raise ValueError(
                 "num_attention_heads must be a multiple of num_key_value_heads, block_size of summaries_per_block and "
                 "at most sliding_window (half of it, which must be even, for the pattern block), dilation and "
-                "summaries_per_level positive, "
+                "summaries_per_level positive, embedding_size and router_spread at least 0, "
                 f"num_experts_per_tok in 1..num_experts, rope_alpha in (0, 1]; given {self}"
             )
 

@@ -38,7 +38,9 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """`e_score_correction_bias`, named as in DeepSeek-V3, moves the choice and not the weights; training sets it."""
+    """`e_score_correction_bias`, named as in DeepSeek-V3, moves the choice and not the weights; `center` is taken from
+    the logits, so that what all tokens have in common chooses no expert. Training sets both.
+    """
 
     scoring_func = "softmax"
 
@@ -47,10 +49,11 @@ class Router(nn.Module):
         self.k, self.temperature = config.num_experts_per_tok, config.gate_temperature
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.e_score_correction_bias = nn.Buffer(torch.zeros(config.num_experts))
+        self.center = nn.Buffer(torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits over temperature, fp32 [tokens, experts], and weight and index [tokens, k] of the chosen experts."""
-        logits = F.linear(x.float(), self.weight.float()) / self.temperature
+        logits = F.linear(x.float(), self.weight.float()) / self.temperature - self.center
         # choose by l_e + b_e, weigh by softmax(l)_e   (arXiv 2408.15664, eq. 3)
         chosen = (logits + self.e_score_correction_bias).topk(self.k, -1).indices
         weights = logits.softmax(-1).gather(-1, chosen)

@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from stackpkg import params
 from stackpkg.model.attention import CrossAttention, SelfAttention
 from stackpkg.model.configuration import StackConfig, checked
+from stackpkg.model.embedding import TextEmbedding
 from stackpkg.model.experts import Experts, MixtureOfExperts, Router
 from stackpkg.model.patterns import documents, layout
 from stackpkg.model.rotary import rotary
@@ -23,12 +24,14 @@ from stackpkg.model.scopes import Scopes
 
 @dataclass
 class StackOutput(MoeCausalLMOutputWithPast):
-    """The usual output, plus, when asked for, a dictionary of attention statistics of each layer, and the probability
-    [b, L, heads] that each layer puts on edges its scopes forbid.
+    """The usual output, plus, when asked for, a dictionary of attention statistics of each layer, the probability
+    [b, L, heads] that each layer puts on edges its scopes forbid, and, beside hidden states, the embedding [b, size] of
+    each text.
     """
 
     attention_statistics: tuple[dict[str, Tensor], ...] | None = None
     forbidden_mass: tuple[Tensor, ...] | None = None
+    text_embedding: Tensor | None = None
 
 
 class StackLayer(GradientCheckpointingLayer):
@@ -68,8 +71,10 @@ class StackPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, (Experts, Router)):
-            for weight in module.parameters():
-                init.normal_(weight, 0.0, self.config.initializer_range)
+            spread, width = self.config.router_spread, self.config.hidden_size
+            routes = isinstance(module, Router) and spread
+            for weight in module.parameters():  # of normalised states of `width` numbers, logits of that spread
+                init.normal_(weight, 0.0, spread / width**0.5 if routes else self.config.initializer_range)
             for bias in module.buffers():
                 init.zeros_(bias)
         if isinstance(module, SelfAttention) and self.config.feature_map == "favor":
@@ -140,18 +145,26 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = StackModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embedder = None
+        if config.embedding_size:
+            if config.pad_token_id is None:
+                raise ValueError("embedding_size needs pad_token_id, which tells where a text ends; give it")
+            sizes = config.vocab_size, config.hidden_size, config.embedding_size
+            self.embedder = TextEmbedding(*sizes, config.pad_token_id)
         self.post_init()
 
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, labels: Tensor | None = None, logits_to_keep: int = 0,
-        num_items_in_batch: Tensor | int | None = None, memory_ids: Tensor | None = None, **kwargs: Any,
+        num_items_in_batch: Tensor | int | None = None, memory_ids: Tensor | None = None,
+        text_ids: Tensor | None = None, **kwargs: Any,
     ) -> StackOutput:  # fmt: skip
         """Logits [b, L, vocab], or of the last `logits_to_keep` positions; with `labels` the next-token loss.
 
-        `position_ids` and `memory_ids` are named because the stock `Trainer` drops from a batch what a forward does not
-        name.
+        With `output_hidden_states` also the embedding of each text; `text_ids` [b, L] are its tokens where `input_ids`
+        are not at hand. `position_ids` and `memory_ids` are named because the stock `Trainer` drops from a batch what a
+        forward does not name.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         out = self.model(**given, memory_ids=memory_ids, **kwargs)
@@ -160,7 +173,10 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         recorded = {name: out.get(name) for name in self._can_record_outputs}
-        return StackOutput(loss=loss, logits=logits, **recorded)
+        text_ids, embedding = input_ids if text_ids is None else text_ids, None
+        if self.embedder is not None and kwargs.get("output_hidden_states") and text_ids is not None:
+            embedding = self.embedder(out.last_hidden_state, text_ids)
+        return StackOutput(loss=loss, logits=logits, text_embedding=embedding, **recorded)
 
 
 @torch.no_grad()

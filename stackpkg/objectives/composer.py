@@ -88,7 +88,7 @@ def norms(squares: Mapping[str, Any]) -> dict[str, Any]:
 class Composer:
     """The training loss. What it learns between steps (`state_dict`) is fixed within a step and must be checkpointed.
 
-    `routers` are those of the model (`routing.routers`), needed only where `bias_rate` is set.
+    `routers` are those of the model (`routing.routers`), needed only where `bias_rate` or `center_rate` is set.
     """
 
     def __init__(self, weights: params.Objectives, routers: Sequence[nn.Module | None] = ()) -> None:
@@ -97,6 +97,7 @@ class Composer:
         self.usage: Tensor | None = None  # [layers, experts]
         self.bandit, self.recent = bandit.Bandit(weights.reward_horizon), Recent()
         self._chosen: Tensor | None = None  # choices per expert since the last `after_step`, this rank
+        self._logits: Tensor | None = None  # of all experts, summed over these choices
         # whether gradient norms are taken in a step: runs what takes them, or not
         self.sometimes: Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = self._at_cadence
 
@@ -203,6 +204,9 @@ class Composer:
         experts = routed[0].logits.shape[-1]
         chosen = torch.stack([torch.bincount(layer.chosen.flatten(), minlength=experts) for layer in routed])
         self._chosen = chosen if self._chosen is None else self._chosen + chosen
+        if self.weights.center_rate:
+            logits = torch.stack([layer.logits.double().sum(0) * layer.chosen.shape[-1] for layer in routed])
+            self._logits = logits if self._logits is None else self._logits + logits
 
     @torch.no_grad()
     def after_step(self, applied: bool = True, group: dist.ProcessGroup | None = None) -> None:
@@ -211,7 +215,7 @@ class Composer:
         A step whose update was skipped teaches nothing: its counts are dropped.
         """
         if not applied:
-            self._chosen = None
+            self._chosen = self._logits = None
             self.bandit.drop()
             self.recent.drop()
             return
@@ -224,21 +228,28 @@ class Composer:
             dist.all_reduce(self._chosen, group=group)
         if self.weights.bias_rate:
             routing.move_biases(self.routers, self._chosen, self.weights.bias_rate)
+        if self._logits is not None:
+            if dist.is_initialized():
+                dist.all_reduce(self._logits, group=group)
+            mean = self._logits / self._chosen.sum(-1, keepdim=True)
+            routing.move_centers(self.routers, mean, self.weights.center_rate)
         share = self._chosen / self._chosen.sum(-1, keepdim=True)
         old = share if self.usage is None else self.usage.to(share.device)
-        self.usage, self._chosen = old + (1 - self.weights.usage_decay) * (share - old), None
+        self.usage = old + (1 - self.weights.usage_decay) * (share - old)
+        self._chosen = self._logits = None
 
     @property
     def observed(self) -> dict[str, Any]:
         """What the micro-batches of a step have taught so far, on the CPU: for processes that did not see them."""
-        chosen = None if self._chosen is None else self._chosen.cpu()
+        chosen, logits = (None if seen is None else seen.cpu() for seen in (self._chosen, self._logits))
         documents = [(embeddings.cpu(), keys.cpu()) for embeddings, keys in self.recent.new]
         rewards = {name: value.cpu() for name, value in self.bandit.new.items()}
-        return {"chosen": chosen, "bandit": rewards, "documents": documents}
+        return {"chosen": chosen, "logits": logits, "bandit": rewards, "documents": documents}
 
     def observe(self, seen: Mapping[str, Any], device: torch.device) -> None:
         """Take over what another process `observed` in this step."""
-        self._chosen = None if seen["chosen"] is None else seen["chosen"].to(device)
+        moved = (None if seen[name] is None else seen[name].to(device) for name in ("chosen", "logits"))
+        self._chosen, self._logits = moved
         self.bandit.new = {name: value.to(device) for name, value in seen["bandit"].items()}
         self.recent.new = [(embeddings.to(device), keys.to(device)) for embeddings, keys in seen["documents"]]
 

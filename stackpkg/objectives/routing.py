@@ -13,6 +13,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how many, in the configurations of transformers
 BIAS = "e_score_correction_bias"  # the name transformers gives the buffer that moves the choice and not the weight
+CENTER = "center"  # the buffer of the reference model that is taken from all logits
+STATE = {"bias": BIAS, "center": CENTER}  # what training sets, by its name in a checkpoint
 
 
 class Routed(NamedTuple):
@@ -111,3 +113,17 @@ def move_biases(modules: Sequence[nn.Module | None], chosen: Tensor, rate: float
         # b_i <- b_i + gamma sign(mean_j c_j - c_i)   (alg. 1); less the mean of the move: a shift of all is no choice
         move = rate * (count.mean() - count).sign()
         getattr(module, BIAS).add_((move - move.mean()).to(getattr(module, BIAS)))
+
+
+@torch.no_grad()
+def move_centers(modules: Sequence[nn.Module | None], mean: Tensor, rate: float) -> None:
+    """One step of centred routers. `mean` [layers, experts]: of the logits of the whole step, less the center that they
+    had. Call it as `move_biases`. Raises `ValueError` where a router has no center.
+    """
+    for module, drift in zip(modules, mean, strict=True):
+        if module is None:
+            continue
+        if not hasattr(module, CENTER):
+            raise ValueError(f"{type(module).__name__} has no `{CENTER}`: set objectives.center_rate to 0")
+        # c <- m c + (1 - m) mean_x l(x), with 1 - m the rate   (DINO: arXiv 2104.14294, eq. 4)
+        getattr(module, CENTER).add_((rate * drift).to(getattr(module, CENTER)))

@@ -81,9 +81,11 @@ def variant(p: Params, factors: dict[str, float], seed: int | None = None) -> Pa
 
 def excess(p: Params, report: dict[str, Any]) -> dict[str, float]:
     """By how much an epoch report breaks each limit, at most 0 where it is kept; the worst router layer counts."""
-    low, high = p.evaluation.entropy_band
+    low, high = p.sweep.entropy_band or p.evaluation.entropy_band
     entropies = [float(layer["entropy"]) for layer in report["router"]]  # strict JSON holds "NaN" as a string
-    made = {"precision_at_k": p.evaluation.min_precision_at_k - float(report["precision_at_k"])}
+    own = p.sweep.min_precision_at_k
+    precision = p.evaluation.min_precision_at_k if own is None else own
+    made = {"precision_at_k": precision - float(report["precision_at_k"])}
     if entropies:
         made["router_entropy"] = max(low - min(entropies), max(entropies) - high)
     if "violations" in report:

@@ -58,10 +58,11 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: 
 
 
 def biases(composer: Composer, pipeline: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
-    """`bias.<layer>`: the choice biases of the routers that have one. A collective over the stages of a pipeline, each
-    of which has the routers of its own layers."""
-    held = ((number, getattr(router, routing.BIAS, None)) for number, router in enumerate(composer.routers))
-    mine = {f"bias.{number}": bias.detach().cpu() for number, bias in held if isinstance(bias, Tensor)}
+    """`bias.<layer>` and `center.<layer>`: choice biases and centers of the routers that have them. A collective over
+    the stages of a pipeline, each of which has the routers of its own layers."""
+    held = ((name, *item) for name in routing.STATE for item in enumerate(composer.routers))
+    found = ((f"{name}.{number}", getattr(router, routing.STATE[name], None)) for name, number, router in held)
+    mine = {key: state.detach().cpu() for key, state in found if isinstance(state, Tensor)}
     if pipeline is None or dist.get_world_size(pipeline) == 1:
         return mine
     told: list[Any] = [None] * dist.get_world_size(pipeline)
@@ -70,7 +71,7 @@ def biases(composer: Composer, pipeline: dist.ProcessGroup | None = None) -> dic
 
 
 def write_router(folder: Path, composer: Composer, choice: Mapping[str, Tensor]) -> None:
-    """`router.safetensors`: running usage [layers, experts], the sums of the bandit, choice biases (`biases`); fp64
+    """`router.safetensors`: running usage [layers, experts], the sums of the bandit, `biases` and centers; fp64
     where summed. For rank 0, which has what all ranks have."""
     state = composer.state_dict()
     found = {f"bandit.{name}": value for name, value in state["bandit"].items()} | {"usage": state["usage"]}
@@ -96,6 +97,8 @@ def read_router(folder: Path, composer: Composer) -> None:
                     "of this architecture"
                 )
             bias.copy_(found[f"bias.{number}"])
+        if isinstance(center := getattr(router, routing.CENTER, None), Tensor):
+            center.copy_(found.get(f"center.{number}", torch.zeros_like(center)))  # a file of version 1.0 has none
 
 
 def write_retriever(folder: Path, retriever: Retriever) -> None:

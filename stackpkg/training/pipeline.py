@@ -37,7 +37,7 @@ SCHEDULES = {
     "zero_bubble": "InterleavedZeroBubble",  # Qi et al., arXiv 2401.10241
 }
 RECORDED = ("attention_statistics", "forbidden_mass")  # of each layer, when a request asks for it
-HEAD = ("logits_to_keep", "output_hidden_states")  # arguments that the body of a model need not see
+HEAD = ("logits_to_keep", "output_hidden_states", "text_ids")  # arguments that the body of a model need not see
 
 
 class Part(nn.Module):
@@ -124,8 +124,8 @@ class Pipeline:
     def _run(self, stage: int, hidden: Tensor | None, memory: Tensor | None, request: Mapping[str, Any]) -> Any:
         base, given = cast(Any, self.model.base_model), dict(request)
         if stage:
-            given["inputs_embeds"] = hidden
-            del given["input_ids"]
+            ids, given["inputs_embeds"] = given.pop("input_ids"), hidden
+            given |= {"text_ids": ids} if stages.embeds(self.model) else {}
         if memory is not None:
             given["memory_embeds"] = memory
         kept, norm = base.layers, base.norm
@@ -274,6 +274,7 @@ class Pipeline:
             mine[stage] = {"routed": routed} | {name: out.get(name) or () for name in RECORDED}
             if stage == self.last:
                 mine[stage] |= {"logits": out.logits, "hidden": (out.hidden_states or (None,))[-1]}
+                mine[stage] |= {"text": out.get("text_embedding")}
                 break
             memory = memory if stage else self.memory
             passed = [out.last_hidden_state, memory][: len(travels)]  # exact, whatever the type it was computed in
@@ -290,4 +291,5 @@ class Pipeline:
             listener += joined["routed"]
         end = every[self.last]
         recorded: dict[str, Any] = {name: tuple(joined[name]) or None for name in RECORDED}
+        recorded |= {"text_embedding": end["text"]}
         return StackOutput(logits=end["logits"], hidden_states=(end["hidden"],), **recorded)

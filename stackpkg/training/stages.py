@@ -53,6 +53,8 @@ def cut(model: PreTrainedModel, mine: list[int], every: list[range]) -> None:
     if len(every) - 1 not in mine:
         base.norm = PipelineIdentityLayer()
         model.set_output_embeddings(PipelineIdentityLayer())
+        if embeds(model):
+            cast(Any, model).embedder = PipelineIdentityLayer()
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -104,10 +106,15 @@ def reads(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "retrieval", False))
 
 
+def embeds(model: PreTrainedModel) -> bool:
+    """Whether the last stage embeds texts by their words."""
+    return bool(getattr(model.config, "embedding_size", 0))
+
+
 def modules(model: PreTrainedModel, held: range, first: bool, last: bool) -> list[nn.Module]:
     """Everything with weights that a stage of the layers `held` runs."""
     base: Any = model.base_model
     embedded = [base.embed_tokens, base.memory_norm] if reads(model) else [base.embed_tokens]
     before = embedded if first else []
-    after = [base.norm, model.get_output_embeddings()] if last else []
+    after = [base.norm, model.get_output_embeddings(), *[cast(Any, model).embedder] * embeds(model)] if last else []
     return [*before, *(base.layers[layer] for layer in held), *after]

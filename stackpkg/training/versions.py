@@ -21,7 +21,7 @@ from stackpkg.params import Params
 from stackpkg.runs import read_json
 from stackpkg.training.snapshots import MANIFEST
 
-ROUTER, RETRIEVER = "1.0", "1.0"  # the form of these files: major when an older reader would misread them
+ROUTER, RETRIEVER = "1.1", "1.0"  # the form of these files: major when an older reader would misread them
 ROUTER_FILE, RETRIEVER_FILE = "router.safetensors", "retriever.json"
 KINDS = ("none", "patch", "minor", "major")
 # names of StackConfig and of the configurations of transformers
@@ -40,7 +40,7 @@ SILENT = {
     "transformers_version", "dtype", "torch_dtype", "_name_or_path", "name_or_path", "architectures", "use_cache",
     "initializer_range", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict",
     "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "auto_map",
-    "_attn_implementation", "_experts_implementation", "distributed_config", "quantization_config",
+    "router_spread", "_attn_implementation", "_experts_implementation", "distributed_config", "quantization_config",
 }  # fmt: skip
 
 

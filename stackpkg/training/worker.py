@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback, TrainingArguments, enable_full_determinism, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from stackpkg import model as models
 from stackpkg import params
-from stackpkg.data import curriculum, manifest
+from stackpkg.data import curriculum, manifest, tokenizer, words
 from stackpkg.data.provenance import passed_over
 from stackpkg.data.stream import Stream
 from stackpkg.params import Params
@@ -85,6 +85,15 @@ def _climb(home: Path, fault: recovery.RollBack, precision: str) -> int:
     return recovery.RUNGS.index(told[0]) + 1
 
 
+def _initial(p: Params, stream: Stream) -> PreTrainedModel:
+    """The model a profile asks for; embeddings of texts begin from how rare words are in the corpus."""
+    model = models.build(p.model, stream.vocab_size, stream.pad_id, p.seed)
+    if (embedder := getattr(model, "embedder", None)) is not None:
+        word = words.numbered(tokenizer.of_shards(stream.corpus.folder))
+        embedder.begin(*map(torch.from_numpy, (word, words.rarity(stream.corpus, word))), p.seed)
+    return model
+
+
 def _attempt(
     job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int, watch: hang.Watch
 ) -> None:
@@ -103,7 +112,7 @@ def _attempt(
         )
     initial = home / "initial"
     if rank == 0 and not (initial / "config.json").exists():
-        models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)
+        _initial(p, stream).save_pretrained(initial)
     dist.barrier()
     enable_full_determinism(p.seed) if p.training.deterministic else set_seed(p.seed)
     model = layout.load_sharded(initial, p)
