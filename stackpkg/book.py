@@ -87,7 +87,7 @@ def _stage(book: Path, folder: Path, source: Path) -> None:
         notebook.cells = [cell for cell in notebook.cells if banner not in cell.metadata.get("tags", [])]
         nbformat.write(notebook, source / "notebooks" / name)
     copies = {path: source / "archive" for pattern in CARRIED for path in folder.glob(pattern)}
-    named = {folder / name for item in checklist.read(runs.RunFolder(folder.name)) for name in item["files"]}
+    named = {folder / name for item in checklist.read(folder) for name in item["files"]}
     copies |= {path: source / "archive" for path in named if path.is_file() and path.stat().st_size <= LARGEST}
     copies |= dict.fromkeys(folder.rglob("*.html"), source / "reports")
     for path, place in copies.items():
