@@ -37,13 +37,14 @@ def clean(value: Any, values: tuple[str, ...] | None = None) -> Any:
     """A payload, its strings, and those in its lists and mappings, without personal data (`<email>` and the other kinds
     of `data.scrub`) and without secrets: of published formats, or a value of the environment (`values`, or `known`).
     Numbers stay as they are, whether finite or not."""
-    if isinstance(value, str | dict | list | tuple):
-        values = known() if values is None else values
+    if value is None or isinstance(value, (int, float)):
+        return value
+    values = known() if values is None else values
     if isinstance(value, str):
-        return _masked(value, values or ())
+        return _masked(value, values)
     if isinstance(value, dict):
-        return {clean(key, values): clean(inner, values) for key, inner in value.items()}
-    return [clean(inner, values) for inner in value] if isinstance(value, list | tuple) else value
+        return {_masked(str(key), values): clean(inner, values) for key, inner in value.items()}
+    return [clean(inner, values) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def append(path: Path, payloads: Iterable[dict[str, Any]]) -> None:

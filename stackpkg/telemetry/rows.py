@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stackpkg.runs import replacing
-from stackpkg.telemetry.privacy import clean
+from stackpkg.telemetry.privacy import clean, known
 
 KEY = ["run", "attempt", "rank", "step"]
 FLUSH_ROWS = 8
@@ -46,6 +46,7 @@ class RowWriter:
         self._stream = path.open("a", encoding="utf-8")
         if torn:  # the attempt before was killed in the middle of a line
             self._stream.write("\n")
+        self._secrets = known()
         self._key = {"run": run, "attempt": attempt, "rank": rank, "ranks": ranks}
         self._held: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
         self.complete: Callable[[list[dict[str, Any]]], None] = lambda rows: None  # adds to the rows of a block
@@ -53,7 +54,7 @@ class RowWriter:
 
     def write(self, step: int, later: Mapping[str, Tensor] | None = None, **series: Any) -> dict[str, Any]:
         """The row of `step`, as far as it is known now; `later` are values that stay on the device until the flush."""
-        row = {**self._key, "step": step, "time": time.time(), **clean(series)}
+        row = {**self._key, "step": step, "time": time.time(), **clean(series, self._secrets)}
         self._held.append((row, later or {}))
         if len(self._held) >= FLUSH_ROWS:
             self.settle()
