@@ -14,6 +14,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from nbformat.sign import NotebookNotary
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from stackpkg import params, pipeline, runs
@@ -261,6 +262,7 @@ def test_from_only_and_force(repo: Repository) -> None:
 def test_an_executed_notebook_tells_the_parameters_and_no_path_of_this_machine(repo: Repository) -> None:
     made = nbformat.read(repo.folder / "nb/10_make.ipynb", as_version=4)
     nbformat.validate(made)
+    assert NotebookNotary().check_signature(made), "JupyterLab would not show its figures"
     injected = next(cell for cell in made.cells if "injected-parameters" in cell.metadata.get("tags", []))
     assert params.assigned(injected.source) == {"run": "demo", "seed": 17}
     assert made.metadata["papermill"]["input_path"] == made.metadata["papermill"]["output_path"] == "10_make.ipynb"
