@@ -62,9 +62,11 @@ def per_token(model: PreTrainedModel, parameters: float, context: int) -> float:
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one device, by the fastest of a few products of two square matrices."""
+    """FLOP/s of one device, by the fastest of a few products of two square matrices. Draws nothing from the generator
+    that training draws from."""
     side, fastest = SIDE[device.type], float("inf")
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=own, device=device, dtype=dtype) for _ in range(2))
     for _ in range(4):
         began = time.perf_counter()
         float((a @ b)[0, 0])  # waits for the device

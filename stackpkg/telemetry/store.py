@@ -44,8 +44,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def events(run: Path, job: str) -> list[dict[str, Any]]:
-    """Attempts, rungs, decisions about the data, alerts, probes that were thinned and checkpoints of a job, by step.
-    Steps are those of the rows, from 1; a decision holds from the one after its step."""
+    """Attempts, rungs of the ladder, decisions about the data, alerts, thinned probes and checkpoints, by step. Steps
+    are those of the rows, from 1; a decision holds from the one after its step."""
     home, found = run / "checkpoints" / job, list[dict[str, Any]]()
     begun = read_json(home / "attempts.json") if (home / "attempts.json").exists() else []
     for number, attempt in enumerate(begun, 1):

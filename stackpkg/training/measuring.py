@@ -1,9 +1,9 @@
 """What a step tells of itself: which probes run, what of it the host reads at once, and what the ranks compare.
 
-Within the step the host reads two things and no more: the gradient norm, before the update, which may have to be
-skipped; and, in one copy after it, the loss, the norm of the weights and the series of every alert that a job can see.
-All else stays on the device until the block of rows ends, and comes in one copy. The stock `Trainer` reads the loss
-once more for its own log.
+Of what a row tells the host reads within the step: the gradient norm, before the update, which may have to be skipped;
+and, in one copy after it, the loss, the norm of the weights and the series of every alert that a job can see. All else
+stays on the device until the block of rows ends, and comes in one copy. Besides, the stock `Trainer` reads loss and
+norm for its own log, and the probe of attention replays the cache of keys and values on the host, where it runs.
 """
 
 from __future__ import annotations
