@@ -84,7 +84,7 @@ def _took(one: Receipt) -> str:
 
 def _stamp(one: Receipt, now: datetime) -> str:
     old = (now - one.at).days > FRESH
-    late = f" more than {FRESH} days ago: drill it again." if old else ""
+    late = f" (more than {FRESH} days ago: drill it again)" if old else ""
     return f"{{span .badge .{'amber' if old else 'ok'}}}`{one.at:%Y-%m-%d}`{late}"
 
 

@@ -24,7 +24,7 @@ def home_at(path: Path, job: str) -> Path:
 def job(path: Folder, job: Job = "train") -> None:
     """How a training job stands: its last row, attempts, rungs of the ladder, checkpoints, alerts. Only looks."""
     from stackpkg.telemetry import rows as telemetry
-    from stackpkg.training import attempts, recovery, snapshots
+    from stackpkg.training import attempts, recovery, running, snapshots
 
     home = home_at(path, job)
     told = home.parents[1] / "telemetry" / job
@@ -33,6 +33,10 @@ def job(path: Folder, job: Job = "train") -> None:
         silent = time.time() - last.time
         typer.echo(f"last row: step {last.step}, attempt {last.attempt}, {silent:.0f} s ago, loss {last.get('loss')}")
     typer.echo("done" if (home / "done.json").exists() else "not done")
+    try:
+        typer.echo(running.runs(home) or "nothing of it runs")
+    except (ValueError, RuntimeError) as error:  # its scheduler can't be asked from here
+        typer.echo(f"whether it runs is not known: {error}")
     for number, each in enumerate(attempts.read(home), 1):
         notes = {name: each[name] for name in ("stopped", "hung", "aside") if each.get(name)}
         typer.echo(
@@ -95,8 +99,11 @@ def _await(home: Path) -> None:
     from stackpkg.training import running
     from stackpkg.training import stop as stopping
 
-    while running.runs(home):
-        time.sleep(1)
+    try:
+        while running.runs(home):
+            time.sleep(1)
+    except (RuntimeError, ValueError) as error:  # its scheduler can't be asked from here; what was asked of it stands
+        stop(error)
     end = stopping.stopped(home)
     while end:
         try:
@@ -129,7 +136,7 @@ def rollback(
     try:
         with running.idle(home):
             good, aside = snapshots.roll_back(home, step)
-    except BlockingIOError as error:
+    except (BlockingIOError, RuntimeError, ValueError) as error:
         stop(f"{error}; {FIRST.format(path)}")
     typer.echo(f"set aside: {', '.join(aside) or 'nothing'}\nit goes on from {good.name if good else 'the start'}")
 
@@ -150,7 +157,7 @@ def skip(
     try:
         with running.idle(home):
             curriculum.record(home / "decisions.jsonl", [{"kind": "skip", "step": step, "steps": steps}])
-    except BlockingIOError as error:
+    except (BlockingIOError, RuntimeError, ValueError) as error:
         stop(f"{error}; {FIRST.format(path)}")
     typer.echo(f"from step {step} on, {steps} steps of data are passed over; run the profile again to go on")
 

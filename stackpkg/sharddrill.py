@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stackpkg import params, runs
 from stackpkg.data import manifest, provenance, shards
-from stackpkg.data.corpus import Corpus
 from stackpkg.data.ledger import Ledger
 from stackpkg.data.stream import Stream
 from stackpkg.governance import seal
@@ -114,34 +112,26 @@ def recover(folder: RunFolder, p: Params, found: dict[str, Any], skip: bool = Fa
 def sealed(folder: RunFolder, p: Params) -> dict[str, Any]:
     """Seal and sign the run with keys that approve nothing: `problems` of its verification, and of each attempt what is
     named when a byte of its rows changes afterwards."""
-    told, keys = seal.finish(folder, p), seal.demonstration_keys(folder.path)
+    told = seal.finish(folder, p)
+    trusted, _ = seal.trust_for(folder.path)
     path, named = folder.path / f"telemetry/{JOB}/rank-00000.jsonl", dict[str, list[str]]()
     text = path.read_bytes()
     for attempt in (1, 2):
         at = text.index(b'"attempt": %d' % attempt)
         faults.flip(path, at)
-        named[str(attempt)] = [line.partition(":")[0] for line in seal.verify(folder.path, keys)]
+        named[str(attempt)] = [line.partition(":")[0] for line in seal.verify(folder.path, trusted)]
         faults.flip(path, at)
-    again = seal.verify(folder.path, keys)
+    again = seal.verify(folder.path, trusted)
     return {"manifest_sha256": told["manifest_sha256"], "problems": [*told["problems"], *again], "named": named}
 
 
-def clear(folder: RunFolder) -> None:
-    """Remove the run of a drill, and its keys."""
-    for place in (folder.path, folder.path.parent / ".demonstration" / folder.name):
-        shutil.rmtree(place, ignore_errors=True)
-    for path in Path(folder.path.parent, ".locks").glob(f"{folder.name}.*"):
-        path.unlink()
-
-
 def drill(run: str) -> dict[str, Any]:
-    """All of it, in `outbox/.drills-shard-<run>`, which is removed; what was seen, and the `pages` it is a drill of."""
-    folder, p = RunFolder(f".drills-shard-{run}"), profile()
-    clear(folder)
-    folder = RunFolder(folder.name)
+    """All of it, below `outbox/.shard-<run>`, which is removed; what was seen, and the `pages` it is a drill of."""
+    folder, p = RunFolder(f".shard-{run}/drill"), profile()
+    shutil.rmtree(folder.path)
     try:
         found = recover(folder, p, damage(folder, p))
-        whole = manifest.verify(folder.path / "data") == [] and len(Corpus(folder.path / "data").records) > 0
+        whole = manifest.verify(folder.path / "data") == []
         return {"pages": [*PAGES], "at": runs.now(), "run": run, **found, "whole": whole, "sealed": sealed(folder, p)}
     finally:
-        clear(folder)
+        shutil.rmtree(folder.path.parent)

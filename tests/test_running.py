@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -68,6 +69,11 @@ def test_what_the_scheduler_still_has_runs(home: Path, monkeypatch: pytest.Monke
     write_json(home / "job.json", {"params": {"run": home.parents[1].name, "cluster": {"scheduler": "slurm"}}})
     monkeypatch.setattr(running.clusters, "alive", lambda p, name: name.endswith("-train"))
     assert "slurm has it, as stackpkg-lab" in running.runs(home)
+    monkeypatch.undo()
+    if not shutil.which("squeue"):
+        code, said = typed("rollback", str(home.parents[1]), "--step", "0")
+        assert code == 1 and "squeue is not on the path" in said, "nobody knows whether it runs"
+        assert "whether it runs is not known: squeue" in typed("job", str(home.parents[1]))[1]
 
 
 def typed(*words: str) -> tuple[int, str]:

@@ -91,7 +91,7 @@ if (heads.length) { addEventListener("scroll", mark, { passive: true }); mark();
 for (const date of document.querySelectorAll(".drilled .badge.ok")) {
   if (Date.now() - Date.parse(date.textContent) <= 91 * 864e5) continue;
   date.classList.replace("ok", "amber");
-  date.after(" more than 90 days ago: drill it again.");
+  date.after(" (more than 90 days ago: drill it again)");
 }
 
 // a link to something inside a folded block opens it

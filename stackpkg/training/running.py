@@ -72,7 +72,8 @@ def idle(home: Path) -> Iterator[None]:
 
 
 def runs(home: Path) -> str:
-    """Who runs the job; empty when nobody does."""
+    """Who runs the job; empty when nobody does. Raises `ValueError` or `RuntimeError` when its scheduler does not
+    answer."""
     try:
         with idle(home):
             return ""
