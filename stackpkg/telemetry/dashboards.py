@@ -33,7 +33,7 @@ from stackpkg.telemetry.kpis import KPI
 KPIS = "Key performance indicators"
 PANELS: dict[str, dict[str, tuple[str, str]]] = {  # group -> title -> unit, in Grafana's words, and names of series
     "Optimisation": {
-        "Loss, total and held-out": ("none", "loss loss_rank_mean loss_rank_max validation_loss"),
+        "Loss, total and held-out": ("none", "loss validation_loss"),
         "Objectives, as weighted": ("none", "weighted_*"),
         "Gradient norm": ("none", "grad_norm"),
         "Gradient norm by objective": ("none", "gradient_*"),
