@@ -93,6 +93,15 @@ CODE = table(module(k) for k in range(30))
 HELD = set(CODE["record_id"].to_pylist()[:2])
 
 
+def test_a_function_that_says_its_question_again_asks_nothing():
+    body = (
+        '    """Tell what is wrong."""\n    if not a:\n        raise ValueError("Tell what is wrong.")\n    return a\n'
+    )
+    loud = module(40) + "\n\ndef loud(a):\n" + body
+    pairs = labelled.mine(table([loud]), set(), SIZES, 0)
+    assert len(pairs) == len(WORDS) and not [pair for pair in pairs if "loud" in pair["positive"]]
+
+
 def test_pairs_keep_the_rules():
     docs = table([module(0)], "docs")
     pairs = labelled.mine(pa.concat_tables([docs, CODE]), HELD, SIZES, 8)

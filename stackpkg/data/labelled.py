@@ -59,7 +59,7 @@ def mine(
 
     Whole modules are held out until `held_out` pairs are: first those of the `validation` records, which the language
     model never reads, then others by hash. A body seen before is passed over, and so are a docstring seen before, which
-    may ask for either function, and one of under three words. Hard negatives are functions of the same split.
+    may ask for either function, one of under three words, and one that its function says again. Hard negatives are functions of the same split.
     """
     if isinstance(records, pa.Table):
         records = records.select([*ORIGIN, "domain", "text"]).filter(pc.field("domain") == "code").to_pylist()
@@ -74,7 +74,8 @@ def mine(
         first = [f for f in fresh if asked.setdefault(f.query or f.code, f.code) == f.code]
         documents |= {f.code: split for f in first}
         owner |= {f.code: name for f in first}
-        for f in [f for f in first if len(f.query.split()) >= 3][:PER_MODULE]:
+        asks = [f for f in first if len(f.query.split()) >= 3 and f.query not in " ".join(f.code.split())]
+        for f in asks[:PER_MODULE]:
             others = (fresh[k].body for k in mixing.permutation(len(fresh), name, f.query))
             if wrong := next((body for body in others if not retrieval_sets.similar(body, f.body)), ""):
                 choice = {"prompt": f.prompt, "chosen": f.body, "rejected": wrong, "format": preferences.EXPLICIT}
