@@ -59,7 +59,8 @@ def mine(
 
     Whole modules are held out until `held_out` pairs are: first those of the `validation` records, which the language
     model never reads, then others by hash. A body seen before is passed over, and so are a docstring seen before, which
-    may ask for either function, one of under three words, and one that its function says again. Hard negatives are functions of the same split.
+    may ask for either function, one of under three words, and one that its function says again. Hard negatives are
+    functions of the same split.
     """
     if isinstance(records, pa.Table):
         records = records.select([*ORIGIN, "domain", "text"]).filter(pc.field("domain") == "code").to_pylist()
