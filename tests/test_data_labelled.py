@@ -94,9 +94,7 @@ HELD = set(CODE["record_id"].to_pylist()[:2])
 
 
 def test_a_function_that_says_its_question_again_asks_nothing():
-    body = (
-        '    """Tell what is wrong."""\n    if not a:\n        raise OSError("Tell what is wrong.")\n    return a\n'
-    )
+    body = '    """Tell what is wrong."""\n    if not a:\n        raise OSError("Tell what is wrong.")\n    return a\n'
     loud = module(40) + "\n\ndef loud(a):\n" + body
     pairs = labelled.mine(table([loud]), set(), SIZES, 0)
     assert len(pairs) == len(WORDS) and not [pair for pair in pairs if "loud" in pair["positive"]]

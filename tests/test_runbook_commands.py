@@ -27,6 +27,7 @@ from stackpkg.runs import read_json
 from stackpkg.telemetry import guard, rules
 from stackpkg.training import drills, faults, parity
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 PAGES = {path.stem: BLOCK.findall(path.read_text()) for path in sorted((ROOT / "book/runbooks").glob("*.md"))}

@@ -12,6 +12,7 @@ from stackpkg.runs import RunFolder
 from stackpkg.sharddrill import EVERY, FLIPS, READ
 from stackpkg.training import drills, snapshots
 
+pytestmark = pytest.mark.slow
 P = sharddrill.profile()
 
 
