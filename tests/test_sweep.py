@@ -503,6 +503,9 @@ def test_a_run_diverged_when_it_is_not_finite_or_ends_above_its_beginning() -> N
     assert findings.diverged(rows_of([7.0, 6.0, 5.0], [1.0] * 3, nonfinite=1))
     assert findings.diverged(rows_of([7.0, 6.0, 8.0, 9.0], [1.0] * 4))
     assert not findings.diverged(rows_of([7.0, 9.0, 6.0, 5.0], [1.0] * 4)) and not findings.diverged(pd.DataFrame())
+    falls = rows_of([7.0, 6.9, 6.8, 6.7], [1.0] * 4)
+    assert findings.diverged(falls.assign(validation_loss=[math.nan, 6.9, math.nan, 9.1]))  # the last update did it
+    assert not findings.diverged(falls.assign(validation_loss=[math.nan, 9.1, math.nan, 6.8]))
 
 
 def test_an_extreme_is_the_score_the_guard_itself_would_give() -> None:

@@ -38,11 +38,15 @@ def history(folder: RunFolder, job: str) -> pd.DataFrame:
 
 
 def diverged(table: pd.DataFrame) -> bool:
-    """A loss or gradient norm was not finite, or the run ended above where it began (median of its last quarter)."""
+    """A loss or gradient norm was not finite, or the run ended above where it began: by the median of its last quarter,
+    or by the last loss on held-out text, which sees the last update too."""
     if table.empty:
         return False
     loss = table["loss_language_modelling"].astype(float)
-    return bool(table["nonfinite"].any() or loss.iloc[-max(1, len(loss) // QUARTER) :].median() > loss.iloc[0])
+    ends = [loss.iloc[-max(1, len(loss) // QUARTER) :].median()]
+    if "validation_loss" in table:
+        ends += table["validation_loss"].dropna().astype(float).tolist()[-1:]
+    return bool(table["nonfinite"].any() or max(ends) > loss.iloc[0])
 
 
 def table(parts: Mapping[str, Part], folder: RunFolder) -> pd.DataFrame:
