@@ -168,7 +168,7 @@ def test_every_setting_of_the_reference_model_has_a_kind_of_change() -> None:
     named = {field.name for field in dataclasses.fields(StackConfig)}
     sizes = {
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "moe_intermediate_size", "tie_word_embeddings", "pad_token_id",
+        "moe_intermediate_size", "embedding_size", "tie_word_embeddings", "pad_token_id",
     }  # fmt: skip
     known = versions.TOPOLOGY | versions.NUMBERS | versions.SILENT
     assert {n for n in named - known - sizes if n in StackConfig.__annotations__} == set()

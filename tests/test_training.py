@@ -450,7 +450,7 @@ def test_a_job_refuses_a_corrupt_shard_and_another_corpus_than_it_began_with(lab
     shard = data / f"shards/{versions.read(data)['shards'][0]['name']}.bin"
     raw = shard.read_bytes()
     shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    with pytest.raises(RuntimeError, match=rf"corrupt or missing: shards/{shard.name}; notebook 11"):
+    with pytest.raises(RuntimeError, match=rf"corrupt or missing: shards/{shard.name}; runbook Corrupt"):
         launch.launch("torn", p, other, steps=1, quiet=True)
     shard.write_bytes(raw)
     job = other.path / "checkpoints/moved/job.json"
