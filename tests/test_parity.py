@@ -10,7 +10,7 @@ from stackpkg import params, runs
 from stackpkg.params import Layout
 from stackpkg.training import launch, parity, support
 
-FEW = [("fsdp2 + ep2", "stackpkg"), ("tp2", "qwen3"), ("tp2 + ep2", "stackpkg")]
+FEW = [("fsdp2 + ep2", "stackpkg"), ("tp2", "qwen3"), ("tp2 + ep2", "stackpkg"), ("pp2", "llama")]
 TABLE = runs.read_json(support.TABLE)
 
 

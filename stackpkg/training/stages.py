@@ -116,5 +116,6 @@ def modules(model: PreTrainedModel, held: range, first: bool, last: bool) -> lis
     base: Any = model.base_model
     embedded = [base.embed_tokens, base.memory_norm] if reads(model) else [base.embed_tokens]
     before = embedded if first else []
-    after = [base.norm, model.get_output_embeddings(), *[cast(Any, model).embedder] * embeds(model)] if last else []
+    heads = [model.get_output_embeddings(), *([cast(Any, model).embedder] if embeds(model) else [])]
+    after = [base.norm, *heads] if last else []
     return [*before, *(base.layers[layer] for layer in held), *after]
