@@ -63,7 +63,7 @@ def trace(
         from stackpkg.training import snapshots
 
         home, first = folder.path / "checkpoints" / job, int(str(lines[0]["step"]))
-        before = max((at for at in snapshots.listed(home) if at <= first), default=0)
+        before = snapshots.before(home, first)
         typer.echo(f"snapshots with it: {', '.join(snapshots.touched(home, first)) or 'none'}")
         typer.echo(f"newest checkpoint without it: {f'checkpoint-{before}' if before else 'none'}")
 
@@ -102,7 +102,7 @@ def privacy(
     folder = folder_at(path).path
     try:
         written = review.decide(folder, reviewer, key, decision, condition or (), reason)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         stop(error)
     typer.echo(f"wrote {written.name} and {written.name}.sig; run the profile again: notebook 60 reads the decision")
     _unsealed(folder)

@@ -94,14 +94,14 @@ def restore(
     to: Annotated[Path, typer.Option(help="a folder that is not there yet")],
 ) -> None:
     """Unpack an archived run, prove its digest, seal and log, and say what the sign-offs are worth today."""
-    from stackpkg.governance import cold, seal
+    from stackpkg.governance import cold, standing
 
     try:
         folder, found = cold.restore(path, to)
     except (OSError, ValueError, RuntimeError) as error:
         stop(error)
     typer.echo(f"restored {folder}: every byte is what was sealed")
-    loud = seal.LOUD if seal.trust_for(folder)[1] else ""
+    loud = standing.notice(folder)
     typer.echo("\n".join([*found, "the sign-offs do not hold today"]) if found else f"{loud}\nVERIFIED".strip())
 
 

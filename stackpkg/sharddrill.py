@@ -92,7 +92,7 @@ def recover(folder: RunFolder, p: Params, found: dict[str, Any], skip: bool = Fa
         shards.rebuild(data, name)
     first, blocks, tokens = Ledger(folder.path, JOB).damage(name)
     assert first is not None, "the byte lies in a text that the job reads"
-    good, aside = snapshots.roll_back(home, max((at for at in snapshots.listed(home) if at <= first), default=0))
+    good, aside = snapshots.roll_back(home, snapshots.before(home, first))
     said, begun = _launch(folder, p, found["flip"]), attempts.read(home)
     table = rows.read(folder.path / "telemetry" / JOB)
     mine = table[table["rank"] == 0].set_index(["attempt", "step"]).sort_index()

@@ -211,7 +211,10 @@ class Stream:
         """
         known, before = self.schedule.withdrawn, Counter[str]()
         left = [k for k, origins in enumerate(self._held_out) if origins[0] not in known]
-        place = {k: before.update([self._held_out[k][0]]) or before[self._held_out[k][0]] for k in left}
+        place = dict[int, int]()  # among the pairs of its record
+        for k in left:
+            place[k] = before[self._held_out[k][0]]
+            before[self._held_out[k][0]] += 1
         left = sorted(left, key=place.__getitem__)[:n]
         found = {name: self.pairs["held_out"][name][left] for name in ("query_ids", "positive_ids", "pair_key")}
         return found | {"record_id": np.array([self._held_out[k][0] for k in left], object)}

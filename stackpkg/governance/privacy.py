@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -22,11 +20,12 @@ import pyarrow.parquet as pq
 from stackpkg import runs
 from stackpkg.data import manifest, sources
 from stackpkg.data.scrub import RESERVED
+from stackpkg.governance.seal import DECISIONS
+from stackpkg.governance.statements import DEMONSTRATION, REVIEWER, keygen
 from stackpkg.params import Params, Section
 
 EXTRA = "the privacy review needs presidio-analyzer: pip install 'stackpkg[governance]'"
 NAMES = "Names, faces, health and beliefs have no pattern: nothing here looks for them, only a reader can"
-DECISIONS = ("approve", "approve-with-conditions", "reject")
 LOUD = "DEMONSTRATION REVIEWER: no person decided this"
 NAMESPACE = "stackpkg-privacy"  # of the reviewer's line in governance/allowed_signers
 CERTAIN = 0.35  # Presidio's own threshold for a pattern: what it scores lower is noise (a lone `::` is 0.1)
@@ -163,17 +162,12 @@ def _write(folder: Path, said: Decision) -> Path:
     return runs.write_json(folder / "governance/privacy_decision.json", said.model_dump())
 
 
-def _keygen(*arguments: str, text: bytes) -> subprocess.CompletedProcess[bytes]:
-    if not shutil.which("ssh-keygen"):
-        raise ValueError("ssh-keygen is not installed: install openssh-client (Debian) or openssh")
-    return subprocess.run(["ssh-keygen", "-Y", *arguments], input=text, capture_output=True, check=False)
-
-
 def decide(folder: Path, reviewer: str, key: Path, decision: str, conditions: Iterable[str], reason: str) -> Path:
     """Write a person's decision about the review of a run, and the signature of it, into the run's `governance/`.
 
     `reviewer` is the principal of `governance/allowed_signers`, whose line names the namespace `stackpkg-privacy`.
-    Raises `ValueError` where there is no review, the decision does not fit its conditions, or the key can not sign.
+    Raises `ValueError` where there is no review, the decision does not fit its conditions, or the key can not sign,
+    `RuntimeError` without ssh-keygen.
     """
     about = folder / "governance/privacy_review.json"
     if not about.exists():
@@ -187,7 +181,7 @@ def decide(folder: Path, reviewer: str, key: Path, decision: str, conditions: It
     place = folder / "governance/privacy_decision.json"
     with runs.replacing(place) as temporary:
         runs.write_json(temporary, said.model_dump())
-        done = _keygen("sign", "-f", str(key), "-n", NAMESPACE, text=temporary.read_bytes())
+        done = keygen("-Y", "sign", "-f", key, "-n", NAMESPACE, text=temporary.read_bytes())
         if done.returncode:
             raise ValueError(f"ssh-keygen could not sign with {key}: {done.stderr.decode(errors='replace').strip()}")
         runs.write_text(place.with_suffix(".json.sig"), done.stdout.decode())
@@ -201,11 +195,8 @@ def _why_not(folder: Path, said: Decision, p: Params) -> str:
         return "it is about another review: the records or the findings changed since"
     if said.demonstration:
         return "" if p.governance.demonstration_keys else "a demonstration decides nothing for this profile"
-    arguments = ("-f", str(signers), "-I", said.reviewer, "-n", NAMESPACE, "-s", f"{place}.sig")
-    if (
-        not re.fullmatch(r"[A-Za-z0-9._+-]+@[A-Za-z0-9.-]+", said.reviewer)
-        or _keygen("verify", *arguments, text=place.read_bytes()).returncode
-    ):
+    by = ("-Y", "verify", "-f", signers, "-I", said.reviewer, "-n", NAMESPACE, "-s", f"{place}.sig")
+    if not REVIEWER.fullmatch(said.reviewer) or keygen(*by, text=place.read_bytes()).returncode:
         return f"it has no signature of {said.reviewer} that governance/allowed_signers confirms"
     return "" if said.decision != "reject" else f"rejected: {said.reason}"
 
@@ -220,7 +211,7 @@ def decided(folder: runs.RunFolder, p: Params) -> tuple[Decision | None, str]:
         why = _why_not(folder.path, found, p)
     if why and p.governance.demonstration_keys and (found is None or found.demonstration):
         found = Decision(
-            decision="approve-with-conditions", reviewer="privacy@demonstration.invalid", date=runs.now(),
+            decision="approve-with-conditions", reviewer=f"privacy{DEMONSTRATION}", date=runs.now(),
             conditions=[f"{NAMES}.", "A person reviews the findings and signs before anything of this run is shared."],
             reason=LOUD, review_sha256=runs.digest(folder.path / "governance/privacy_review.json"), demonstration=True,
         )  # fmt: skip

@@ -67,7 +67,7 @@ def _job(run: Path, name: str, ids: set[str]) -> dict[str, Any]:
     steps = sorted({row["step"] for row in read})
     told: dict[str, Any] = {"steps": steps, "uses": dict(Counter(row["use"] for row in read)), "snapshots": []}
     if steps:
-        before = max((at for at in snapshots.listed(home) if at <= steps[0]), default=0)
+        before = snapshots.before(home, steps[0])
         told["snapshots"] = snapshots.touched(home, steps[0])
         told["newest_without"] = f"checkpoint-{before}" if before else ""
     return told

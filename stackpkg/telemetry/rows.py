@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +120,19 @@ def missing(rows: pd.DataFrame, steps: int) -> int:
     return sum(int(ranks.get(step, rows["ranks"].max())) - int(have.get(step, 0)) for step in range(1, steps + 1))
 
 
+def quoted(paths: Iterable[Path]) -> str:
+    """A list of files in SQL."""
+    return "[" + ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths) + "]"
+
+
 def lines(folder: Path) -> str:
     """SQL that reads the row files of a job: types by all values, no row of a torn line. Raises `FileNotFoundError`
     when there are none."""
-    files = [str(path) for path in sorted(folder.glob("rank-*.jsonl")) if path.stat().st_size]
+    files = [path for path in sorted(folder.glob("rank-*.jsonl")) if path.stat().st_size]
     if not files:
         raise FileNotFoundError(f"no telemetry rows in {folder.name}/: the launch that writes them did not run")
     options = "format='newline_delimited', ignore_errors=true, union_by_name=true, sample_size=-1"
-    listed = ", ".join("'" + name.replace("'", "''") + "'" for name in files)
-    read = f"SELECT * REPLACE (CAST(run AS VARCHAR) AS run) FROM read_json([{listed}], {options})"  # noqa: S608
+    read = f"SELECT * REPLACE (CAST(run AS VARCHAR) AS run) FROM read_json({quoted(files)}, {options})"  # noqa: S608
     return f"{read} WHERE step IS NOT NULL ORDER BY {', '.join(KEY)}"
 
 

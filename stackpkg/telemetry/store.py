@@ -31,10 +31,6 @@ EVENT = pa.schema([("kind", pa.string()), ("happened", pa.string()), ("step", pa
                    ("said", pa.string())])  # fmt: skip
 
 
-def _listed(paths: list[Path]) -> str:
-    return "[" + ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths) + "]"
-
-
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -99,19 +95,19 @@ def connect(run: Path, job: str, sql: str = "") -> duckdb.DuckDBPyConnection:
     home, reports = run / "telemetry" / job, sorted((run / "eval" / job).glob("epoch_*.json"))
     lines, compacted = sorted(home.glob("rank-*.jsonl")), home.with_suffix(".parquet")
     fresh = compacted.exists() and all(path.stat().st_mtime <= compacted.stat().st_mtime for path in lines)
-    source = f"SELECT * FROM read_parquet({_listed([compacted])})" if fresh else rows.lines(home)  # noqa: S608
+    source = f"SELECT * FROM read_parquet({rows.quoted([compacted])})" if fresh else rows.lines(home)  # noqa: S608
     database = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
     database.register("events", pa.Table.from_pylist(events(run, job), EVENT))
     if "documents" in sql.lower() and (run / "data/manifest.json").exists():
         database.register("documents", _documents(run))
     views = {"rows": source, "effective": rows.EFFECTIVE}
     if reports:
-        views["evaluations"] = f"SELECT * FROM read_json({_listed(reports)}, union_by_name=true)"  # noqa: S608
+        views["evaluations"] = f"SELECT * FROM read_json({rows.quoted(reports)}, union_by_name=true)"  # noqa: S608
     for name, text in views.items():
         database.execute(f"CREATE VIEW {name} AS {text}")
     if "batch_shards" in database.sql("SELECT * FROM rows LIMIT 0").columns:  # of a job that was launched since
         database.execute(f"CREATE VIEW batches AS {BATCHES}")
-    database.execute(f"SET allowed_paths = {_listed([*lines, compacted, *reports])}")
+    database.execute(f"SET allowed_paths = {rows.quoted([*lines, compacted, *reports])}")
     database.execute("SET enable_external_access = false")
     database.execute("SET lock_configuration = true")
     return database

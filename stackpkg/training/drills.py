@@ -24,6 +24,7 @@ from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
 from stackpkg.training import attempts, launch, parity, recovery, snapshots, stop, support
+from stackpkg.training.faults import flip as flip_at
 
 TABLE = support.TABLE.with_name("faults.json")
 STEPS, EVERY = 16, 2
@@ -69,10 +70,7 @@ def truncate(_: RunFolder, home: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(bytes(content))
+    flip_at(path, path.stat().st_size // 2)
 
 
 def half_write(_: RunFolder, home: Path) -> None:

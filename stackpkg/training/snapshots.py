@@ -121,6 +121,11 @@ def roll_back(home: Path, step: int) -> tuple[Path | None, list[str]]:
     return (left[-1] if left else None), [path.name for path in aside]
 
 
+def before(home: Path, step: int) -> int:
+    """The number of the newest checkpoint without the learning of optimiser step `step` (from 0); 0 for none."""
+    return max((at for at in listed(home) if at <= step), default=0)
+
+
 def touched(home: Path, step: int) -> list[str]:
     """What holds the learning of optimiser step `step` (from 0): checkpoints, promoted versions, weights at the end."""
     found = [path.name for at, path in listed(home).items() if at > step]
