@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from stackpkg.console import Folder, Job, folder_at, stop
+from stackpkg.console import AsJson, Folder, Job, folder_at, stop
 
-RECORD = "a record id, its source, or the beginning of sources and a *"
-WHOLE = f"Give {RECORD}"
+RECORD = "a record id, its source, or the beginning of it, such as pypi:numpy"
 
 
 def trace(
@@ -22,6 +21,7 @@ def trace(
     shard: Annotated[str | None, typer.Option(help="a shard's name: which step read it, or its damage, first?")] = None,
     due: Annotated[bool, typer.Option("--due", help="what may not be used any more: which steps had read it?")] = False,
     job: Job = "train",
+    as_json: AsJson = False,
 ) -> None:
     """From a step to its documents, from documents or a shard to their steps, and to the snapshots that hold them."""
     if (step, document, shard, due or None).count(None) != 3:
@@ -36,51 +36,63 @@ def trace(
         hide = ledger.p.telemetry.hash_sources
         return {record: privacy.hashed(name, folder.path) if hide else name for record, name in sources.items()}
 
+    told: dict[str, Any] = {}
     try:
         ledger = Ledger(folder.path, job)
         if shard is not None:
             first, blocks, tokens = ledger.damage(shard)
-            exact = f"; damaged tokens: {len(tokens)}" if len(tokens) else ""
-            seen = f"damaged blocks: {', '.join(map(str, blocks))}{exact}"
-            typer.echo(seen if blocks else "no damaged copy; the whole shard")
-            lines = [{"step": first, "use": "first read"}] if first is not None else []
+            told |= {"damaged_blocks": blocks, "damaged_tokens": len(tokens)}
+            reads = [{"step": first, "use": "first read"}] if first is not None else []
         elif step is not None:
             rows = ledger.step(step)
             sources = shown(ledger.sources(row["record_id"] for row in rows))
-            lines = [row | {"source": sources.get(row["record_id"], "")} for row in rows]
+            reads = [row | {"source": sources.get(row["record_id"], "")} for row in rows]
         else:
             late = ledger.overdue(int(time.time())) if due else {}
             known = ledger.sources(late) if due else provenance.named(folder.path / "data", str(document))
-            if not known and not due:
-                stop(f"no record {document!r} in the corpus. {WHOLE}")
-            for name, source in shown(known).items():
-                typer.echo(f"document {name}  {source}  {late.get(name, '')}".rstrip())
-            lines = ledger.document(*known)
+            told["documents"] = [
+                {"record_id": name, "source": source} | ({"why": late[name]} if due else {})
+                for name, source in shown(known).items()
+            ]
+            reads = ledger.document(*known)
     except ValueError as error:
         stop(error)
-    typer.echo("\n".join("  ".join(f"{name} {value}" for name, value in row.items()) for row in lines) or "none")
-    if step is None and lines:
+    told["reads"] = reads
+    if step is None and reads:
         from stackpkg.training import snapshots
 
-        home, first = folder.path / "checkpoints" / job, int(str(lines[0]["step"]))
+        home, first = folder.path / "checkpoints" / job, int(str(reads[0]["step"]))
         before = snapshots.before(home, first)
-        typer.echo(f"snapshots with it: {', '.join(snapshots.touched(home, first)) or 'none'}")
-        typer.echo(f"newest checkpoint without it: {f'checkpoint-{before}' if before else 'none'}")
+        told["snapshots"] = snapshots.touched(home, first)
+        told["newest_without"] = f"checkpoint-{before}" if before else ""
+    typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(_traced(told)))
+
+
+def _traced(told: dict[str, Any]) -> list[str]:
+    """What `trace` found, for a reader."""
+    lines = [f"document {'  '.join(each.values())}" for each in told.get("documents", ())]
+    if "damaged_blocks" in told:
+        exact = f"; damaged tokens: {told['damaged_tokens']}" * bool(told["damaged_tokens"])
+        blocks = ", ".join(map(str, told["damaged_blocks"]))
+        lines.append(f"damaged blocks: {blocks}{exact}" if blocks else "no damaged copy; the whole shard")
+    reads = ("  ".join(f"{name} {value}" for name, value in row.items()) for row in told["reads"])
+    lines += [*reads] or ["none"]
+    if "snapshots" in told:
+        lines.append(f"snapshots with it: {', '.join(told['snapshots']) or 'none'}")
+        lines.append(f"newest checkpoint without it: {told['newest_without'] or 'none'}")
+    return lines
 
 
 def takedown(
     path: Folder,
-    document: Annotated[str, typer.Option(help="record id, or the whole source that it was read from")] = "",
-    source: Annotated[str, typer.Option(help="a source's name, such as pypi:numpy: every document of it")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="for a script: everything, as JSON")] = False,
+    document: Annotated[str, typer.Option(help=RECORD)],
+    as_json: AsJson = False,
 ) -> None:
     """What holds a document or a source: shards, labelled sets, steps and snapshots of every job. Only looks."""
-    if bool(document) == bool(source):
-        stop("give one of --document and --source")
     from stackpkg.governance import takedown as held
 
     try:
-        told = held.holders(folder_at(path).path, document, source)
+        told = held.holders(folder_at(path).path, document)
     except (OSError, ValueError) as error:
         stop(error)
     typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(held.lines(told)))
@@ -118,13 +130,10 @@ def withdraw(
 
     data = folder_at(path).path / "data"
     try:
-        found = {name: provenance.named(data, name) for name in record}
-        if unknown := [name for name, records in found.items() if not records]:
-            stop(f"no record {', '.join(map(repr, unknown))} in the corpus; nothing was withdrawn. {WHOLE}")
-        named = {each: source for records in found.values() for each, source in records.items()}
+        named = {each: source for name in record for each, source in provenance.named(data, name).items()}
         provenance.withdraw(data / "withdrawn.jsonl", named, int(time.time()), reason)
     except (OSError, ValueError) as error:
-        stop(error)
+        stop(f"nothing was withdrawn: {error}")
     typer.echo(f"withdrawn: {', '.join(named)}; a job that is launched or goes on from now passes over them")
     _unsealed(data.parent)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from stackpkg.console import Folder, Job, folder_at, stop
+from stackpkg import runs
+from stackpkg.console import AsJson, Folder, Job, folder_at, stop
 
 FIRST = "nothing was changed. End it first: stackpkg halt {} --wait --reason WHY"
 
@@ -21,35 +23,45 @@ def home_at(path: Path, job: str) -> Path:
     return home
 
 
-def job(path: Folder, job: Job = "train") -> None:
+def job(path: Folder, job: Job = "train", as_json: AsJson = False) -> None:
     """How a training job stands: its last row, attempts, rungs of the ladder, checkpoints, alerts. Only looks."""
     from stackpkg.telemetry import rows as telemetry
     from stackpkg.training import attempts, recovery, running, snapshots
 
     home = home_at(path, job)
-    told = home.parents[1] / "telemetry" / job
-    if [*told.glob("rank-*.jsonl")]:
-        last = telemetry.read(told).sort_values("time").iloc[-1]
-        silent = time.time() - last.time
-        typer.echo(f"last row: step {last.step}, attempt {last.attempt}, {silent:.0f} s ago, loss {last.get('loss')}")
-    typer.echo("done" if (home / "done.json").exists() else "not done")
+    folder = home.parents[1] / "telemetry" / job
+    told: dict[str, Any] = {"done": (home / "done.json").exists()}
+    if [*folder.glob("rank-*.jsonl")]:
+        last = telemetry.read(folder).sort_values("time").iloc[-1]
+        told["last_row"] = {name: last.get(name) for name in ("step", "attempt", "time", "loss")}
     try:
-        typer.echo(running.runs(home) or "nothing of it runs")
+        told["runs"] = running.runs(home)
     except (ValueError, RuntimeError) as error:  # its scheduler can't be asked from here
-        typer.echo(f"whether it runs is not known: {error}")
-    for number, each in enumerate(attempts.read(home), 1):
+        told["runs"] = f"not known: {error}"
+    told["attempts"], told["ladder"] = attempts.read(home), recovery.history(home)
+    told["checkpoints"] = {each.name: snapshots.problems(each) for each in snapshots.listed(home).values()}
+    alerts = folder.with_name(f"{job}.alerts.jsonl")
+    lines = alerts.read_text(encoding="utf-8").splitlines() if alerts.exists() else []
+    told["alerts"] = [json.loads(line) for line in lines]
+    typer.echo(runs.as_json(told) if as_json else "\n".join(_standing(told)))
+
+
+def _standing(told: dict[str, Any]) -> list[str]:
+    """How a job stands, for a reader."""
+    lines = []
+    if last := told.get("last_row"):
+        silent = f"{time.time() - last['time']:.0f} s ago"
+        lines.append(f"last row: step {last['step']}, attempt {last['attempt']}, {silent}, loss {last['loss']}")
+    lines += ["done" if told["done"] else "not done", told["runs"] or "nothing of it runs"]
+    for number, each in enumerate(told["attempts"], 1):
         notes = {name: each[name] for name in ("stopped", "hung", "aside") if each.get(name)}
-        typer.echo(
-            f"attempt {number}  {each['at']}  from {each['resumed_from'] or 'the start'}  {notes or ''}".rstrip()
-        )
-    for rung in recovery.history(home):
-        typer.echo(
-            f"ladder  {rung['at']}  {rung['rung']}: steps {rung['first']} to {rung['last']}, from {rung['good']}"
-        )
-    for checkpoint in snapshots.listed(home).values():
-        typer.echo(f"{checkpoint.name}  {'; '.join(snapshots.problems(checkpoint)) or 'whole'}")
-    alerts = told.with_name(f"{job}.alerts.jsonl")
-    typer.echo("\n".join(alerts.read_text(encoding="utf-8").splitlines()[-5:]) if alerts.exists() else "no alerts")
+        since = each["resumed_from"] or "the start"
+        lines.append(f"attempt {number}  {each['at']}  from {since}  {notes or ''}".rstrip())
+    for rung in told["ladder"]:
+        reach = f"steps {rung['first']} to {rung['last']}, from {rung['good']}"
+        lines.append(f"ladder  {rung['at']}  {rung['rung']}: {reach}")
+    lines += [f"{name}  {'; '.join(broken) or 'whole'}" for name, broken in told["checkpoints"].items()]
+    return lines + ([json.dumps(each) for each in told["alerts"][-5:]] or ["no alerts"])
 
 
 def rows(

@@ -81,9 +81,14 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def write_json(path: Path, value: Any) -> Path:
+def as_json(value: Any) -> str:
     """Strict JSON: a non-finite number is written as the string "NaN", "Infinity" or "-Infinity", never lost."""
-    return write_text(path, json.dumps(strict(value), indent=1, sort_keys=True, default=_plain) + "\n")
+    return json.dumps(strict(value), indent=1, sort_keys=True, default=_plain)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes `as_json(value)`."""
+    return write_text(path, as_json(value) + "\n")
 
 
 def read_json(path: Path) -> Any:

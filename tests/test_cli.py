@@ -329,7 +329,7 @@ def test_records_are_withdrawn_all_or_none(run: Path) -> None:
     first, second = documents()[:2]
     asked = ("withdraw", run, "--reason", "the author asked", "--record")
     wrong = call(*asked, first["record_id"], "--record", "no/such/file")
-    assert wrong.exit_code == 1 and "no record 'no/such/file' in the corpus; nothing was withdrawn" in wrong.stderr
+    assert wrong.exit_code == 1 and "nothing was withdrawn: no record 'no/such/file' in the corpus" in wrong.stderr
     assert provenance.withdrawals(run / "data/withdrawn.jsonl") == {}
     done = call(*asked, first["record_id"], "--record", second["source"])
     assert done.exit_code == 0 and "this run was sealed, and is another now" in done.stdout, done.output
@@ -394,6 +394,9 @@ def test_trace_goes_both_ways(run: Path) -> None:
         in call("trace", run, "--document", "unknown").stderr
     )
     assert call("trace", run, "--due").stdout == "none\n"
+    told = json.loads(call("trace", run, "--document", record, "--json").stdout)
+    assert told["documents"] == [{"record_id": record, "source": source}]
+    assert 3 in [row["step"] for row in told["reads"] if row["use"] == "text"] and told["newest_without"] == ""
     whole = call("trace", run, "--document", "folder:t/code1*").stdout
     named = re.findall(r"document \w+  (\S+)", whole)
     assert sorted(named) == sorted(f"folder:t/code1{k}.py" for k in ("", *range(10)))

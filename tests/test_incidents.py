@@ -77,6 +77,9 @@ def test_a_job_tells_how_it_stands_and_only_looks(run: Path) -> None:
     before = sorted(path for path in run.rglob("*"))
     told = typed("job", str(run))
     assert told.exit_code == 0 and "last row: step 3, attempt 1" in told.output and "not done" in told.output
+    asked = json.loads(typed("job", str(run), "--json").stdout)
+    assert asked["last_row"]["step"] == 3 and asked["last_row"]["loss"] == 2.5 and asked["done"] is False
+    assert asked["alerts"] == [] and asked["runs"] == ""
     shown = typed("rows", str(run), "router_*", "nowhere")
     assert "0.5" in shown.output and "no row has nowhere" in shown.output and "loss" not in shown.output
     assert sorted(path for path in run.rglob("*")) == before

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from stackpkg import runs
 from stackpkg.data import manifest
+from stackpkg.data.items import record_id
 from stackpkg.params import Data, Section
 
 # What metadata writes in many ways -> SPDX identifier; the first match wins.
@@ -158,15 +159,26 @@ def withdraw(path: Path, record_id: str | Iterable[str], date: int, reason: str)
 
 
 def named(folder: Path, name: str) -> dict[str, str]:
-    """record_id -> source of the records of the head that `name` means: an id, a source, or with a * at its end all
-    sources that begin so."""
-    found = dict[str, str]()
+    """record_id -> source of the records of the head that `name` means: an id; a source, whole or up to a `/`, `#` or
+    `==` of it, such as pypi:numpy; or with a `*` at its end all sources that begin so. `folder` is a run's `data/`.
+
+    Raises `ValueError` where there is none.
+    """
+    found, rest = dict[str, str](), re.escape(name.rstrip("/"))
+    inside = f"^{re.escape(name[:-1])}" if name.endswith("*") else f"^{rest}(/|#|==|$)"
     for path in manifest.records(folder):
         part = pq.read_table(path, columns=["record_id", "source"])
-        ids, sources = part["record_id"], part["source"]
-        one = pc.or_(pc.equal(ids, name), pc.equal(sources, name))
-        part = part.filter(pc.starts_with(sources, name[:-1]) if name.endswith("*") else one)
+        part = part.filter(pc.or_(pc.equal(part["record_id"], name), pc.match_substring_regex(part["source"], inside)))
         found |= dict(zip(part["record_id"].to_pylist(), part["source"].to_pylist(), strict=True))
+    if not found:
+        twins = folder / "duplicates.parquet"
+        table = pq.read_table(twins, columns=["removed", "kept"]).to_pylist() if twins.exists() else []
+        kept = [row["kept"] for row in table if row["removed"] in (name, record_id(name))]
+        twin = f"; it was dropped as a duplicate of {kept[0]}, which holds the same text: ask for that" if kept else ""
+        raise ValueError(
+            f"no record {name!r} in the corpus{twin}. Give a record id, its source or the beginning of it, such as "
+            "pypi:numpy, as `stackpkg trace` shows them; what was read and dropped is in data/audit.parquet"
+        )
     return found
 
 

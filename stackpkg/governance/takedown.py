@@ -14,36 +14,10 @@ import pyarrow.parquet as pq
 
 from stackpkg.data import manifest, provenance
 from stackpkg.data.corpus import Corpus
-from stackpkg.data.items import record_id
 from stackpkg.data.ledger import Ledger
 from stackpkg.training import snapshots
 
 SETS = {"pairs": ("record_id", "negative_records"), "preferences": ("record_id",), "conversations": ("record_ids",)}
-
-
-def named(data: Path, document: str = "", source: str = "") -> dict[str, str]:
-    """record_id -> source of the records of the corpus below `data` that are `document` (an id, or the whole source it
-    was read from) or come from `source`: a name, or the beginning of names that ends where `/`, `#` or `==` follows.
-
-    Raises `ValueError` where there is none.
-    """
-    ids, found = {document, record_id(document)} - {""} if document else set(), dict[str, str]()
-    for file in manifest.records(data):
-        part = pq.read_table(file, columns=["record_id", "source"]).to_pydict()
-        for name, where in zip(part["record_id"], part["source"], strict=True):
-            tail = where.removeprefix(source) if source and where.startswith(source) else None
-            if name in ids or (tail is not None and (not tail or tail[0] in "/#=" or source[-1] in "/#=")):
-                found[name] = where
-    if not found:
-        asked = f"document {document!r}" if document else f"source {source!r}"
-        twins = pq.read_table(data / "duplicates.parquet", columns=["removed", "kept"]).to_pydict()
-        kept = [kept for removed, kept in zip(twins["removed"], twins["kept"], strict=True) if removed in ids]
-        twin = f"; it was dropped as a duplicate of {kept[0]}, which holds the same text: ask for that" if kept else ""
-        raise ValueError(
-            f"no record of the corpus is of {asked}{twin}. Give a record id or a source as `stackpkg trace` shows "
-            "them, or a source's name such as pypi:numpy; what was read and dropped is in data/audit.parquet"
-        )
-    return found
 
 
 def _rows(file: Path, columns: tuple[str, ...], ids: set[str]) -> int:
@@ -73,13 +47,14 @@ def _job(run: Path, name: str, ids: set[str]) -> dict[str, Any]:
     return told
 
 
-def holders(run: Path, document: str = "", source: str = "") -> dict[str, Any]:
-    """Everything of a run that holds the records, ready for JSON. A job whose data is another now says so as `unknown`.
+def holders(run: Path, document: str) -> dict[str, Any]:
+    """Everything of a run that holds the records that `document` names (`provenance.named`), ready for JSON.
+    A job whose data is another now says so as `unknown`.
 
     Raises `ValueError` where the corpus has no such record.
     """
     data = run / "data"
-    records = named(data, document, source)
+    records = provenance.named(data, document)
     corpus, ids = Corpus(data), {*records}
     mine = np.flatnonzero(corpus.find(sorted(ids)) >= 0)
     shards = Counter(corpus.names[corpus.shard[d]] for d in mine.tolist())
