@@ -56,6 +56,9 @@ def receipts(folder: Path, faults: dict[str, Any]) -> dict[str, list[Receipt]]:
         add(receipt["alert"], guard["at"], folder.name, "telemetry/drill.json")
     for receipt in _read(folder, "telemetry/faults.json").get("receipts", []):
         add(receipt["page"], receipt["at"], folder.name, "telemetry/faults.json", None, receipt["recover_seconds"])
+    for receipt in _read(folder, "runbooks/drills.json").get("receipts", []):
+        seconds = receipt["detect_seconds"], receipt["recover_seconds"]
+        add(receipt["page"], receipt["at"], folder.name, "runbooks/drills.json", *seconds)
     shard = _read(folder, "data/shard_drill.json")
     for page in shard.get("pages", []):
         seconds = shard["detect_seconds"], shard["recover_seconds"]

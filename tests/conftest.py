@@ -12,6 +12,12 @@ settings.register_profile("shared machine", deadline=None)  # a slow moment of t
 settings.load_profile("shared machine")
 
 
+def pytest_configure() -> None:
+    """absl, which TensorBoard brings, keeps the stderr that it was imported under, and closes it when traitlets sets up
+    logging, as the runner of notebooks does: were it that of pytest's capture, no test after that could be reported."""
+    import absl.logging  # noqa: F401  here stderr is the real one
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory):
     """A throw-away repository: `outbox/` lies in it, and modules in it can be launched beside the package."""

@@ -12,7 +12,7 @@ import pytest
 from attacks import EVIDENCE, SAFETY, make, verdicts
 
 from stackpkg import runs
-from stackpkg.governance import cold, seal
+from stackpkg.governance import cold, rehearsal, seal
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="ssh-keygen is not installed")
 
@@ -174,3 +174,16 @@ def test_sign_offs_that_do_not_hold_today_are_told(packed: Path, tmp_path: Path)
     repack(packed, change={name: text.encode()})
     folder, problems = cold.restore(packed, tmp_path / "back")
     assert folder.is_dir() and any("has expired" in problem for problem in problems)
+
+
+def test_drills_of_a_lost_disk_and_a_lost_key(packed: Path) -> None:
+    copy = packed.with_name("demo")
+    trust = seal.trust_for(copy)[0]
+    disk = rehearsal.lost_disk(copy)
+    assert "is not what" in disk["refused"] and disk["problems"] == [] and disk["files"] > 10
+    assert 0 <= disk["detect_seconds"] < disk["recover_seconds"]
+    assert not packed.with_name("damaged").exists() and seal.verify(packed.with_name("restored") / "demo", trust) == []
+    key = rehearsal.lost_key(copy, trust, "safety")
+    assert "is revoked" in key["refused"] and "architecture" not in key["refused"] and key["problems"] == []
+    told = seal.verify(packed.with_name("restored") / "demo", trust)
+    assert {problem.split(": ")[0] for problem in told} == {"signoffs/safety.json"}, "the old signature still counts"

@@ -36,6 +36,8 @@ def run(tmp_path: Path) -> Path:
     runs.write_json(tmp_path / "telemetry/faults.json", {"receipts": [killed]})
     shard = {"pages": ["CorruptedShardRollback"], "at": ago(3), "detect_seconds": 4.0, "recover_seconds": 21.5}
     runs.write_json(tmp_path / "data/shard_drill.json", shard)
+    lost = {"page": "KeyLoss", "at": ago(1), "detect_seconds": 0.1, "recover_seconds": 0.2}
+    runs.write_json(tmp_path / "runbooks/drills.json", {"receipts": [lost]})
     runs.write_json(tmp_path / "data/drills.json", {"at": ago(3), "withdrawn": ["ab"]})
     return tmp_path
 
@@ -46,6 +48,7 @@ def test_every_receipt_of_a_run_reaches_its_page(run: Path) -> None:
     assert took == {
         "TrainStalled": (3.04, None), "Watchdog": (0.0, None), "TrainLossSpike": (None, None),
         "FailureRecoveryProcess": (None, 9.0), "CorruptedShardRollback": (4.0, 21.5), "DataWithdrawal": (None, None),
+        "KeyLoss": (0.1, 0.2),
     }  # fmt: skip
     line = drilled.line(found["CorruptedShardRollback"], NOW)
     assert (
