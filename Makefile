@@ -6,10 +6,11 @@ BIN := .venv/bin
 export DO_NOT_TRACK = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help profile run test lab book env clean lint
+.PHONY: help profile run test slow lab book env clean lint
 help:
 	@echo "make run    the dry run on real text, sealed, and its book (PROFILE=params/smoke.yaml for a quick one)"
 	@echo "make test   lint, types and the whole test suite, notebooks included"
+	@echo "make slow   what takes long: every layout, fault, golden loss and runbook command (an hour and more)"
 	@echo "make lab    JupyterLab on the notebooks"
 	@echo "make book   the book of the run that PROFILE names"
 	@echo "make clean  remove the environment, caches and built books; runs in outbox/ stay"
@@ -25,6 +26,9 @@ run: profile env
 
 test: env lint
 	python -m pytest --durations=15
+
+slow: env
+	python -m pytest -m slow --durations=15
 
 lint: env
 	ruff check .

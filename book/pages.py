@@ -11,6 +11,7 @@ from typing import Any
 
 import compare
 import drilled
+import measured
 import readiness
 import yaml
 from myst import code, table, text
@@ -104,6 +105,8 @@ def main(folder: Path, *other: Path) -> None:
         "support": support(runs.read_json(Path("support.json"))),
         "faults": faults(table_of_faults),
         "kpis": watched(),
+        "goals": measured.goals(),
+        "benchmarks": measured.rows(),
         "drills": drilled.overview(pages, drills, now),
         "logbook": drilled.entries(folder, pages),
     }

@@ -80,6 +80,7 @@ def _stage(book: Path, folder: Path, source: Path) -> None:
     shutil.copytree(book, source, ignore=shutil.ignore_patterns("_build", "__pycache__"))
     notebooks = {path.name: path for path in sorted((runs.root() / "notebooks").glob("*.ipynb"))}
     notebooks |= {path.name: path for path in sorted((folder / "nb").glob("*.ipynb"))}  # executed copies win
+    shutil.copytree(runs.root() / "benchmarks/results", source / "benchmarks")
     (source / "notebooks").mkdir()
     for name, path in notebooks.items():
         notebook = nbformat.read(path, as_version=4)
