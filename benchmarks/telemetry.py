@@ -105,9 +105,16 @@ def measured(lab: Lab, pairs: int) -> tuple[np.ndarray, list[str], np.ndarray]:
     return np.diff(clock.stamps), plan, np.array(rows)
 
 
-def interval(*samples: np.ndarray, statistic: Callable[..., Any]) -> tuple[float, float, float]:
-    found = bootstrap(samples, statistic, paired=True, rng=17, method="percentile").confidence_interval
-    return float(statistic(*samples)), float(found.low), float(found.high)
+def resampled(cost: np.ndarray, step: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The share as measured, and after it as many as a bootstrap over pairs gives."""
+    found = bootstrap((cost, step), share, paired=True, rng=rng, method="percentile").bootstrap_distribution
+    return np.concatenate([[share(cost, step)], found])
+
+
+def interval(shares: np.ndarray) -> tuple[float, float, float]:
+    """The share as measured and its 95 % interval."""
+    low, high = np.quantile(shares[1:], (0.025, 0.975))
+    return float(shares[0]), float(low), float(high)
 
 
 def share(cost: np.ndarray, step: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -121,22 +128,22 @@ def measure(name: str, lab: Lab, pairs: int) -> list[dict[str, Any]]:
     plain = np.array([not probe for probe in plan[:-1]])
     plain[:WARM] = False
     rows = [report.row(title, "step without probes", float(seconds[plain].mean()), "s")]
-    total = np.zeros(3)
+    total, rng = np.zeros(1), np.random.default_rng(17)
     for probe, times in TIMES.items():
         on = [step for step, ran in enumerate(plan) if ran == probe]
         off = [step + (1 if (step - WARM) % 2 == 0 else -1) for step in on]
-        costs = interval((seconds[on] - seconds[off]) / times, seconds[off], statistic=share)
-        total += np.array(costs) / every[probe]
-        for which, value in zip(("", ", low", ", high"), costs, strict=True):
+        shares = resampled((seconds[on] - seconds[off]) / times, seconds[off], rng)
+        total, costs = total + shares / every[probe], interval(shares)  # the probes' pairs are independent
+        for which, value in zip(ENDS, costs, strict=True):
             rows.append(report.row(f"{title}: {probe}", f"a run{which}", value, "% of a step"))
         rows.append(report.row(f"{title}: {probe}", "every", every[probe], "steps"))
-        for which, value in zip(("", ", low", ", high"), costs, strict=True):
+        for which, value in zip(ENDS, costs, strict=True):
             rows.append(
                 report.row(f"{title}: {probe}", f"at its cadence{which}", value / every[probe], "% of the time")
             )
-    rows.append(report.row(f"{title}: all probes", "at their cadence", float(total[0]), "% of the time"))
-    costs = interval(told[:-1][plain], seconds[plain], statistic=share)
-    for which, value in zip(ENDS, costs, strict=True):
+    for which, value in zip(ENDS, interval(total), strict=True):
+        rows.append(report.row(f"{title}: all probes", f"at their cadence{which}", value, "% of the time"))
+    for which, value in zip(ENDS, interval(resampled(told[:-1][plain], seconds[plain], rng)), strict=True):
         rows.append(report.row(f"{title}: row", f"every step{which}", value, "% of a step"))
     print(f"{title}: measured", file=sys.stderr, flush=True)
     return rows
