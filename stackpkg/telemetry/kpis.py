@@ -16,6 +16,7 @@ from stackpkg import runs
 from stackpkg.model.configuration import StackConfig
 from stackpkg.objectives import routing
 from stackpkg.params import Params, Section
+from stackpkg.telemetry import guard
 
 MET = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 Statistic = Literal["last", "median", "maximum", "fall"]
@@ -80,15 +81,15 @@ def load(p: Params, path: Path | None = None) -> list[KPI]:
 def _target(kpi: KPI, p: Params) -> float:
     here: Any = kpi.target
     if isinstance(here, str):
-        here = p.model_dump()
+        here = p.model_dump() | {alert.name: alert.threshold for alert in guard.load(p)}
         for part in str(kpi.target).split("."):  # of a band, 0 is the lower end and 1 the upper
             try:
                 here = here[int(part)] if part.isdigit() else here[part]
             except (KeyError, IndexError, TypeError):
                 here = None
     if not isinstance(here, int | float):
-        raise ValueError(f"{kpi.name}: the target {kpi.target!r} names no number among the parameters; allowed: "
-                         "a number, or a name such as evaluation.min_precision_at_k")  # fmt: skip
+        raise ValueError(f"{kpi.name}: the target {kpi.target!r} names no number among the parameters and the "
+                         "alerts; allowed: a number, or a name such as evaluation.min_precision_at_k")  # fmt: skip
     return float(here)
 
 
