@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackpkg.console import AsJson, Folder, Job, folder_at, stop
+from stackpkg.console import AsJson, Folder, Job, folder_at, stop, unsealed
 
 RECORD = "a record id, its source, or the beginning of it, such as pypi:numpy"
 
@@ -117,7 +117,7 @@ def privacy(
     except (OSError, ValueError, RuntimeError) as error:
         stop(error)
     typer.echo(f"wrote {written.name} and {written.name}.sig; run the profile again: notebook 60 reads the decision")
-    _unsealed(folder)
+    unsealed(folder)
 
 
 def withdraw(
@@ -135,12 +135,7 @@ def withdraw(
     except (OSError, ValueError) as error:
         stop(f"nothing was withdrawn: {error}")
     typer.echo(f"withdrawn: {', '.join(named)}; a job that is launched or goes on from now passes over them")
-    _unsealed(data.parent)
-
-
-def _unsealed(run: Path) -> None:
-    if (run / "SHA256SUMS").exists():
-        typer.echo("this run was sealed, and is another now: run its profile again, which seals it anew")
+    unsealed(data.parent)
 
 
 def shards(
@@ -174,7 +169,7 @@ def shards(
         stop(f"a job would not begin: {', '.join(sorted(left))}")
     typer.echo("all that a job reads is whole")
     if mend or skip:
-        _unsealed(data.parent)
+        unsealed(data.parent)
 
 
 COMMANDS = (trace, takedown, privacy, withdraw, shards)

@@ -1,4 +1,4 @@
-"""The commands of `stackpkg` for reviewers and for whoever takes a run over: verify, sign, archive, restore, push."""
+"""The commands of `stackpkg` for reviewers and for whoever takes a run or its model over."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stackpkg.console import Folder, folder_at, stop
+from stackpkg.console import Folder, folder_at, stop, unsealed
 
 Role = Annotated[str, typer.Option(help="architecture, infrastructure or safety")]
 Key = Annotated[Path, typer.Option(help="private SSH key of the reviewer")]
@@ -105,6 +105,37 @@ def restore(
     typer.echo("\n".join([*found, "the sign-offs do not hold today"]) if found else f"{loud}\nVERIFIED".strip())
 
 
+def demote(path: Folder, reason: Annotated[str, typer.Option(help="who decided, and why: it is kept")]) -> None:
+    """Take the promoted version out of use: the one before it is current again. Deletes nothing."""
+    from stackpkg.training import promotion
+
+    run = folder_at(path).path
+    version = promotion.registry(run / "artifacts")["current"]
+    try:
+        back = promotion.demote(run / "artifacts", reason)
+    except ValueError as error:
+        stop(error)
+    typer.echo(f"{version} is demoted; in use: {back or 'none'}. `stackpkg reinstate` brings one back")
+    unsealed(run)
+
+
+def reinstate(
+    path: Folder,
+    version: Annotated[str, typer.Option(help="such as v2, promoted once")],
+    reason: Annotated[str, typer.Option(help="who decided, and why: it is kept")],
+) -> None:
+    """Make a version that was promoted once the current one again, if every byte of it is as it was."""
+    from stackpkg.training import promotion
+
+    run = folder_at(path).path
+    try:
+        promotion.roll_back(run / "artifacts", version, reason)
+    except ValueError as error:
+        stop(error)
+    typer.echo(f"in use: {version}")
+    unsealed(run)
+
+
 def sign_weights(
     path: Folder,
     key: Annotated[Path, typer.Option(help="private key, PEM, elliptic curve")],
@@ -162,4 +193,4 @@ def push(
     typer.echo(f"{repository} at {commit} is what was promoted")
 
 
-COMMANDS = (verify, sign, met, archive, restore, sign_weights, verify_weights, lm_eval, push)
+COMMANDS = (verify, sign, met, archive, restore, demote, reinstate, sign_weights, verify_weights, lm_eval, push)

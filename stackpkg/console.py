@@ -14,6 +14,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="for scripts")]
 Job = Annotated[str, typer.Option("--job", help="training job, a folder under checkpoints/")]
 
 
+def unsealed(run: Path) -> None:
+    """Say that what was just done to a sealed run made another of it."""
+    if (run / "SHA256SUMS").exists():
+        typer.echo("this run was sealed, and is another now: run its profile again, which seals it anew")
+
+
 def stop(message: object) -> NoReturn:
     typer.secho(str(message), fg="red", err=True)
     raise typer.Exit(1)

@@ -128,6 +128,12 @@ class Params(Section):
         return self.training.batch_tokens // stage.context
 
     @model_validator(mode="after")
+    def _another_run(self) -> Params:
+        if self.governance.baseline == self.run:
+            raise ValueError(f"governance.baseline is {self.run}, this run; leave it empty for its earlier versions")
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Params:
         ranks, accumulation = self.layout.data_parallel, self.training.accumulation
         for stage in self.curriculum:

@@ -201,9 +201,14 @@ class Sweep(Section):
 
 
 class Governance(Section):
-    """Keys of the sign-off and limits of the privacy review."""
+    """Keys of the sign-off, the version to beat, and limits of the privacy review."""
 
     demonstration_keys: bool = Field(False, description="sign with throw-away keys made on the spot; never an approval")
+    baseline: str = Field(
+        "",
+        description="run in outbox/, of the same data, whose version in use no candidate may be worse than; empty: the "
+        "last in use of this run that has other weights",
+    )
     scan_mb: float = Field(
         4.0, gt=0, le=1e6, description="megabytes of records that the second detector looks at, drawn by chance"
     )

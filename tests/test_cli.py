@@ -19,6 +19,7 @@ from stackpkg import cli, params, pipeline, runs
 from stackpkg.data import curriculum, provenance
 from stackpkg.governance import checklist, seal
 from stackpkg.telemetry.rows import RowWriter
+from stackpkg.training import promotion
 
 ROOT = Path(__file__).parents[1]
 ITEM = {"id": "D1", "text": "Curate.", "status": "red", "reasons": ["10_curate_corpus: documents is 0, must be > 0"]}
@@ -335,6 +336,26 @@ def test_records_are_withdrawn_all_or_none(run: Path) -> None:
     assert done.exit_code == 0 and "this run was sealed, and is another now" in done.stdout, done.output
     told = provenance.withdrawals(run / "data/withdrawn.jsonl")
     assert set(told) == {first["record_id"], second["record_id"]} and abs(max(told.values()) - time.time()) < 60
+
+
+def test_a_version_is_demoted_and_comes_back(run: Path, tmp_path: Path) -> None:
+    asked = ("demote", run, "--reason", "the loss rose in service")
+    nothing = call(*asked)
+    assert nothing.exit_code == 1 and "no version is in use; promoted so far: none" in nothing.stderr
+    for version in ("v1", "v2"):
+        runs.write_text(tmp_path / "model/config.json", json.dumps({"hidden_size": 32, "_name_or_path": version}))
+        promotion.promote(run / "artifacts", tmp_path / "model", version, {}, [])
+    done = call(*asked)
+    assert done.exit_code == 0 and "v2 is demoted; in use: v1" in done.stdout, done.output
+    assert "this run was sealed, and is another now" in done.stdout
+    assert "v1 is demoted; in use: none" in call(*asked).stdout
+    told = promotion.registry(run / "artifacts")
+    assert told["current"] is None and told["history"][-1]["reason"] == "the loss rose in service"
+    wrong = call("reinstate", run, "--version", "v3", "--reason", "a slip")
+    assert wrong.exit_code == 1 and "v3 can't be current: never promoted" in wrong.stderr
+    back = call("reinstate", run, "--version", "v2", "--reason", "it was the network")
+    assert back.exit_code == 0 and "in use: v2" in back.stdout and "this run was sealed" in back.stdout
+    assert promotion.registry(run / "artifacts")["current"] == "v2"
 
 
 def test_query_answers_in_a_table_or_in_json_and_changes_nothing(run: Path) -> None:

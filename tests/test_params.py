@@ -130,6 +130,7 @@ def test_infinity_and_nan_are_outside_every_range(place: str, name: str) -> None
         ({"governance": {"demonstration_keys": "perhaps"}}, "governance.demonstration_keys: "),
         ({"data": 3}, "data: "),
         ({"data": {"sources": [3]}}, "data.sources.0: "),
+        ({"run": "a", "governance": {"baseline": "a"}}, "governance.baseline is a, this run; leave it empty"),
         ({"evaluation": {"entropy_band": [float("nan"), 1]}}, "evaluation.entropy_band.0: "),
         ({3: 4}, "3: "),
     ],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stackpkg.model.configuration import StackConfig
 from stackpkg.runs import digest, read_json, write_json
 from stackpkg.training import promotion, versions
-from stackpkg.training.snapshots import PROMOTED
+from stackpkg.training.snapshots import PROMOTED, promoted, touched
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,8 @@ def test_promotions_refusals_and_demotions_are_entered(tmp_path: Path, candidate
     assert promotion.demote(artifacts, "loss rose in service") == "v2"
     assert promotion.demote(artifacts, "so does this one") == "v1"
     assert promotion.demote(artifacts, "and this one") is None
+    with pytest.raises(ValueError, match="no version is in use; promoted so far: v1, v2, v3"):
+        promotion.demote(artifacts, "and what else")
     registry = read_json(artifacts / "registry.json")
     assert registry["current"] is None and (artifacts / "v3").exists()
     told = [(entry["event"], entry["version"]) for entry in registry["history"]]
@@ -117,9 +119,10 @@ def test_an_interrupted_copy_leaves_the_version_that_was_there(tmp_path: Path, c
     assert digest(artifacts / "v1") == first and not (artifacts / "v2").exists()
     assert len(read_json(artifacts / "registry.json")["history"]) == 1
     monkeypatch.undo()
-    for version in ("v1", "v2"):  # what was left of the copy is in nobody's way
-        assert promotion.promote(artifacts, candidate, version, {}, [])
-        assert digest(artifacts / version) == digest(candidate)
+    assert promotion.promote(artifacts, candidate, "v2", {}, [])  # what was left of the copy is in nobody's way
+    assert digest(artifacts / "v2") == digest(candidate)
+    with pytest.raises(ValueError, match="v1 is "):
+        promotion.promote(artifacts, candidate, "v1", {}, [])
     assert sorted(path.name for path in artifacts.iterdir()) == ["registry.json", "v1", "v2"]
 
 
@@ -138,9 +141,69 @@ def test_only_an_artifact_that_is_as_it_was_promoted_comes_back(tmp_path: Path, 
         promotion.roll_back(artifacts, "v2", "try it")
     with pytest.raises(ValueError, match="v9 can't be current"):
         promotion.roll_back(artifacts, "v9", "try it")
+    with pytest.raises(ValueError, match="v1 is current already"):
+        promotion.roll_back(artifacts, "v1", "try it")
     assert promotion.registry(artifacts)["current"] == "v1"
     promotion.roll_back(artifacts, "v3", "false alarm")
     assert promotion.demote(artifacts, "it was true") == "v1", "v2 is damaged: passed over"
+
+
+def card(version: str) -> str:
+    return f"# {version}"
+
+
+def promoted_as(artifacts: Path, candidate: Path, values: dict[str, float]) -> str:
+    """What notebook 32 does with a candidate that missed nothing."""
+    version = promotion.name(artifacts, candidate, card)
+    assert promotion.promote(artifacts, candidate, version, values, [], card=card(version))
+    return version
+
+
+def test_other_weights_get_the_next_free_name_and_the_same_change_nothing(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    assert promoted_as(artifacts, candidate, {"loss": 2.0}) == "v1"
+    promotion.promote(artifacts, candidate, "damaged", {"loss": math.inf}, ["loss is inf"])
+    before = digest(artifacts)
+    assert promoted_as(artifacts, candidate, {"loss": 2.0}) == "v1"
+    promotion.promote(artifacts, candidate, "damaged", {"loss": math.inf}, ["loss is inf"])
+    assert digest(artifacts) == before, "the same again"
+
+    (candidate / "model.safetensors").write_bytes(b"learned more" * 100)
+    first = digest(artifacts / "v1")
+    assert promoted_as(artifacts, candidate, {"loss": 1.0}) == "v2"
+    assert digest(artifacts / "v1") == first and promotion.whole(artifacts, "v1")
+    assert promotion.demote(artifacts, "slow") == "v1", "there is one to go back to"
+    (candidate / "model.safetensors").write_bytes(b"and more" * 100)
+    assert promoted_as(artifacts, candidate, {"loss": 0.5}) == "v3", "the name of a demoted version is not free"
+
+
+def test_other_evidence_of_the_same_weights_is_another_version(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    promoted_as(artifacts, candidate, {})
+    assert promotion.name(artifacts, candidate, lambda version: f"# {version}, measured again") == "v2"
+    (artifacts / "v1/model.safetensors").write_bytes(b"changed")
+    assert promotion.name(artifacts, candidate, card) == "v2", "what is on disk is not what was promoted"
+
+
+def test_a_known_name_keeps_its_bytes(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    promotion.promote(artifacts, candidate, "v1", {}, [])
+    before = digest(artifacts)
+    (candidate / "model.safetensors").write_bytes(b"others" * 100)
+    with pytest.raises(ValueError, match=r"v1 is \w{16}, promoted .*; give a name that is free: none of v1"):
+        promotion.promote(artifacts, candidate, "v1", {}, [])
+    assert digest(artifacts) == before
+
+
+def test_weights_that_were_demoted_are_not_promoted_by_running_again(tmp_path: Path, candidate: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    promoted_as(artifacts, candidate, {})
+    assert promotion.withheld(artifacts, candidate) == ""
+    promotion.promote(artifacts, candidate, "v2", {}, [], card="# other evidence, the same weights")
+    promotion.demote(artifacts, "says what it may not")
+    assert promotion.withheld(artifacts, candidate) == "v2"
+    promotion.roll_back(artifacts, "v2", "it was the prompt")
+    assert promotion.withheld(artifacts, candidate) == ""
 
 
 def test_versions_follow_what_changed_against_the_promoted_architecture(tmp_path: Path, candidate: Path) -> None:
@@ -200,6 +263,8 @@ def test_the_checkpoint_that_was_promoted_is_marked(tmp_path: Path, candidate: P
     assert promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, [], card="# A card", snapshot=snapshot)
     assert read_json(tmp_path / PROMOTED) == {"4": "v1"}
     assert (tmp_path / "artifacts/v1/README.md").read_text() == "# A card"
+    promotion.promote(tmp_path / "artifacts", candidate, "v2", {}, [], card="# Other evidence", snapshot=snapshot)
+    assert promoted(tmp_path) == {4: ["v1", "v2"]} and touched(tmp_path, 3)[1:3] == ["version v1", "version v2"]
 
 
 MEASURED = {"validation_loss": 4.0, "precision_at_k": 0.5, "recall_at_k": 0.5, "mrr": 0.6, "ndcg_at_10": 0.7}
@@ -208,15 +273,16 @@ MEASURED |= {"long_range_accuracy": 0.0, "pairs": 64, "long_range_answers": 128}
 
 @pytest.fixture
 def current(tmp_path: Path, candidate: Path) -> Path:
-    """Artifacts whose current version was measured on the corpus `d`."""
+    """Artifacts of a run whose current version was measured on the corpus `d`."""
     write_json(tmp_path / "checkpoint-4/manifest.json", {"step": 4, "data": "d"})
-    promotion.promote(tmp_path / "a", candidate, "v1", MEASURED, [], snapshot=tmp_path / "checkpoint-4")
-    promotion.promote(tmp_path / "a", candidate, "bad", {"validation_loss": 9.0}, ["no"])
-    return tmp_path / "a"
+    artifacts = tmp_path / "outbox/old/artifacts"
+    promotion.promote(artifacts, candidate, "v1", MEASURED, [], snapshot=tmp_path / "checkpoint-4")
+    promotion.promote(artifacts, candidate, "bad", {"validation_loss": 9.0}, ["no"])
+    return artifacts
 
 
-def test_a_candidate_may_not_be_worse_than_the_current_version(current: Path) -> None:
-    limits = promotion.no_worse(current, "d")
+def test_a_candidate_may_not_be_worse_than_the_version_to_beat(current: Path, tmp_path: Path) -> None:
+    limits = promotion.no_worse(promotion.to_beat(current, "d", [tmp_path / "other weights"]))
     assert promotion.gate(MEASURED, limits) == [], "it is no worse than itself"
     assert promotion.gate(MEASURED | {"validation_loss": 4.07}, limits) == []
     for change in ({"validation_loss": 4.09}, {"precision_at_k": 0.1}, {"mrr": 0.2}, {"validation_loss": math.nan}):
@@ -225,10 +291,46 @@ def test_a_candidate_may_not_be_worse_than_the_current_version(current: Path) ->
     assert limits["long_range_accuracy"] == (">=", 0.0), "there is nothing to lose"
 
 
-def test_another_corpus_or_no_version_sets_no_limit(current: Path, tmp_path: Path) -> None:
-    assert promotion.no_worse(current, "another") == promotion.no_worse(tmp_path / "nothing", "d") == {}
+def test_another_corpus_or_no_version_in_use_is_nothing_to_beat(current: Path, tmp_path: Path) -> None:
+    for nothing in (promotion.to_beat(current, "another", []), promotion.to_beat(tmp_path / "nothing", "d", [])):
+        assert promotion.no_worse(nothing) == {} and promotion.called(nothing).startswith("none: no earlier version")
+    assert promotion.called(promotion.to_beat(current, "d", [])) == "v1 of outbox/old"
     promotion.demote(current, "withdrawn")
-    assert promotion.no_worse(current, "d") == {}
+    assert promotion.to_beat(current, "d", []) == {}
+
+
+def test_a_job_is_compared_with_the_last_version_of_other_weights(current: Path, tmp_path: Path) -> None:
+    """Notebook 40 reads what notebook 32 promoted a moment ago from the same job: that is nothing to compare with."""
+    final, average = tmp_path / "final", tmp_path / "final_ema"
+    assert promotion.to_beat(current, "d", [final]) == {}, "a first promotion"
+    shutil.copytree(final, average)
+    (final / "model.safetensors").write_bytes(b"learned on" * 100)
+    (average / "model.safetensors").write_bytes(b"learned on, averaged" * 100)
+    assert promotion.to_beat(current, "d", [final, average])["version"] == "v1"
+    worse = MEASURED | {"validation_loss": 4.05, "precision_at_k": 0.6}
+    promotion.promote(current, average, "v2", worse, [], snapshot=tmp_path / "checkpoint-4")
+    beaten = promotion.to_beat(current, "d", [final, average])
+    assert beaten["version"] == "v1", "v2 is of this job"
+    assert promotion.to_beat(current, "d", [])["version"] == "v2"
+    assert promotion.gate(worse | {"validation_loss": 4.1}, promotion.no_worse(beaten)) == [
+        "validation_loss is 4.1, must be <= 4.08"
+    ]
+
+
+def test_the_version_to_beat_may_be_that_of_another_run(current: Path, tmp_path: Path) -> None:
+    artifacts = tmp_path / "outbox/new/artifacts"
+    assert promotion.to_beat(artifacts, "d", [tmp_path / "final"]) == {}, "a first run has none"
+    beaten = promotion.to_beat(artifacts, "d", [tmp_path / "final"], "old")
+    assert promotion.called(beaten) == "v1 of outbox/old"
+    worse = MEASURED | {"validation_loss": 5.0, "mrr": 0.2}
+    missed = promotion.gate(worse, promotion.no_worse(beaten))
+    assert missed[0] == "validation_loss is 5, must be <= 4.08" and missed[1].startswith("mrr is 0.2, must be >= 0.")
+    assert not promotion.promote(artifacts, tmp_path / "final", "v1", worse, missed)
+    assert promotion.registry(artifacts)["history"][-1]["missed"] == missed and len(missed) == 2
+    with pytest.raises(ValueError, match=r"v1 of outbox/old was measured on the corpus d, this run has another"):
+        promotion.to_beat(artifacts, "another", [], "old")
+    with pytest.raises(ValueError, match=r"no version of outbox/older is in use; give a run that has one \(old\)"):
+        promotion.to_beat(artifacts, "d", [], "older")
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.02, 64), (0.1, 64), (0.5, 32), (0.9, 64), (0.98, 500)])
@@ -245,7 +347,7 @@ def test_the_gate_seldom_refuses_a_candidate_that_is_as_good(
         values = dict(zip(promotion.COUNTED, before.tolist(), strict=True)) | {"pairs": n, "long_range_answers": n}
         told["history"][-1]["values"] = values | {"validation_loss": 1.0}
         write_json(tmp_path / "registry.json", told)
-        limits = promotion.no_worse(tmp_path, "d")
+        limits = promotion.no_worse(promotion.to_beat(tmp_path, "d", []))
         for now in rng.binomial(n, share, (10, 5)) / n:
             drawn = dict(zip(promotion.COUNTED, now.tolist(), strict=True)) | {"validation_loss": 1.0}
             refused += bool(promotion.gate(drawn, limits))

@@ -185,10 +185,10 @@ def test_a_later_version_replaces_every_file(hub: Hub, folder: RunFolder) -> Non
 
 
 def test_a_version_on_the_hub_stays_what_it_is(hub: Hub, folder: RunFolder) -> None:
-    first = release.push(folder, NAME)
-    promote(folder, "v1", 2.0)
-    with pytest.raises(ValueError, match=r"has another v1, see model\.safetensors; promote under a new name"):
-        release.push(folder, NAME)
+    first, other = release.push(folder, NAME), RunFolder("other")
+    promote(other, "v1", 2.0)
+    with pytest.raises(ValueError, match=r"has another v1, see model\.safetensors; a run has its own repository"):
+        release.push(other, NAME)
     assert hub.main == first
 
 

@@ -231,7 +231,7 @@ def test_prune_reads_losses_and_promotions_from_the_checkpoints(tmp_path: Path) 
         folder = begun(tmp_path, step)
         write_json(folder / snapshots.MANIFEST, {"validation_loss": loss})
         snapshots.publish(folder, step)
-    write_json(tmp_path / snapshots.PROMOTED, {"4": "v1"})
+    write_json(tmp_path / snapshots.PROMOTED, {"4": "v1 v2"})
     (tmp_path / "checkpoint-8.damaged-x").mkdir()
     unmark(tmp_path / "checkpoint-2")  # nobody knows what it is
     assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == [8]

@@ -75,6 +75,17 @@ def test_the_command_for_a_reader_and_for_a_script(run: Path) -> None:
     assert "no record" in CliRunner().invoke(app, ["takedown", str(run), "--document", "pypi:none"]).output
 
 
+def test_a_version_of_a_job_that_moved_away_is_not_passed_over(run: Path) -> None:
+    name = next(iter(provenance.named(run / "data", "folder:t")))
+    for version in ("v1", "v2"):
+        runs.write_text(run / f"artifacts/{version}/config.json", "{}")
+    told = [{"event": "promoted", "version": version} for version in ("v1", "v2")]
+    runs.write_json(run / "artifacts/registry.json", {"current": "v2", "history": told})
+    runs.write_json(run / "checkpoints/train/promoted.json", {"10": "v2"})
+    assert takedown.holders(run, name)["versions_unknown"] == ["v1"]
+    assert "version v1: not known" in takedown.lines(takedown.holders(run, name))[-1]
+
+
 def test_what_is_withdrawn_is_said(run: Path) -> None:
     name = next(iter(provenance.named(run / "data", "folder:t")))
     provenance.withdraw(run / "data/withdrawn.jsonl", name, 1, "asked")

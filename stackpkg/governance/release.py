@@ -95,7 +95,9 @@ def push(folder: runs.RunFolder, repository: str) -> str:
     for tag in api.list_repo_refs(repository).tags:
         if tag.name == version:
             if differing := _differing(api, repository, tag.target_commit, artifacts / version):
-                raise ValueError(f"{repository} has another {version}, see {differing[0]}; promote under a new name")
+                raise ValueError(
+                    f"{repository} has another {version}, see {differing[0]}; a run has its own repository"
+                )
             return tag.target_commit
     about = f"{folder.name} {version}, sha256 {runs.digest(artifacts / version)}"
     commit = api.upload_folder(

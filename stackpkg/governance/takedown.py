@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from stackpkg.data import manifest, provenance
 from stackpkg.data.corpus import Corpus
 from stackpkg.data.ledger import Ledger
-from stackpkg.training import snapshots
+from stackpkg.training import promotion, snapshots
 
 SETS = {"pairs": ("record_id", "negative_records"), "preferences": ("record_id",), "conversations": ("record_ids",)}
 
@@ -49,7 +49,7 @@ def _job(run: Path, name: str, ids: set[str]) -> dict[str, Any]:
 
 def holders(run: Path, document: str) -> dict[str, Any]:
     """Everything of a run that holds the records that `document` names (`provenance.named`), ready for JSON.
-    A job whose data is another now says so as `unknown`.
+    A job whose data is another now says so as `unknown`; `versions_unknown` were promoted from jobs that moved away.
 
     Raises `ValueError` where the corpus has no such record.
     """
@@ -64,9 +64,13 @@ def holders(run: Path, document: str) -> dict[str, Any]:
             if (data / f"{name}.parquet").exists()}  # fmt: skip
     gone = provenance.withdrawals(data / "withdrawn.jsonl")
     jobs = sorted(path.parent.name for path in run.glob("checkpoints/*/job.json"))
+    versions = {path.name for path in run.glob("artifacts/*")} & promotion.promotions(run / "artifacts").keys()
+    for name in jobs:
+        versions.difference_update(*snapshots.promoted(run / "checkpoints" / name).values())
     return {
         "records": records, "withdrawn": sorted(ids & gone.keys()), "record_files": files,
         "shards": dict(sorted(shards.items())), "sets": sets, "jobs": {name: _job(run, name, ids) for name in jobs},
+        "versions_unknown": sorted(versions),
     }  # fmt: skip
 
 
@@ -92,4 +96,6 @@ def lines(told: dict[str, Any]) -> list[str]:
         made.append(f"job {name}: steps {spans(job['steps'])}; snapshots {', '.join(job['snapshots']) or 'none'}")
         if job["steps"]:
             made.append(f"  newest checkpoint without it: {job['newest_without'] or 'none'}")
+    made += [f"version {name}: not known, its job is another now; take it for one that holds it"
+             for name in told["versions_unknown"]]  # fmt: skip
     return made

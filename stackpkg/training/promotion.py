@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import hypergeom
 
-from stackpkg.runs import digest, files_below, now, read_json, write_json, write_text
-from stackpkg.training import versions
+from stackpkg.runs import as_json, digest, files_below, now, read_json, write_json, write_text
+from stackpkg.training import snapshots, versions
 from stackpkg.training.snapshots import MANIFEST, PROMOTED, flush
 
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
@@ -37,14 +40,52 @@ def gate(values: Mapping[str, Any], limits: Mapping[str, tuple[str, float]]) -> 
     return missed
 
 
-def no_worse(artifacts: Path, data: str) -> dict[str, tuple[str, float]]:
-    """Limits for `gate` that a candidate misses when it is worse than the current version; none where nothing is
-    promoted, or was measured on other rows: on another corpus than that of digest `data`."""
-    found = registry(artifacts)
-    events = [e for e in found["history"] if e["event"] == "promoted" and e["version"] == found["current"]]
-    if not events or events[-1].get("data") != data:
+def in_use(outbox: Path, run: str) -> dict[str, Any]:
+    """The entry of the version of a run that others use, and `run`. Raises `ValueError` where it has none."""
+    version = registry(outbox / run / "artifacts")["current"]
+    if version is None:
+        told = sorted(outbox.glob("*/artifacts/registry.json"))
+        there = ", ".join(path.parents[1].name for path in told if read_json(path)["current"])
+        raise ValueError(
+            f"governance.baseline: no version of outbox/{run} is in use; give a run that has one "
+            f"({there or 'none here'}), or leave it empty"
+        )
+    return promotions(outbox / run / "artifacts")[version] | {"run": run}
+
+
+def to_beat(artifacts: Path, data: str, candidates: Iterable[Path], baseline: str = "") -> dict[str, Any]:
+    """The entry, and its `run`, of the version that no candidate may be worse than; empty where there is none.
+
+    It is the one in use of the run `baseline`; where that is empty, the last in use here that was measured on the
+    corpus of digest `data` and has the weights of none of the candidates, since nothing is better than itself.
+    Raises `ValueError` for a baseline that has no version in use, or was measured on another corpus.
+    """
+    if baseline:
+        entry = in_use(artifacts.parents[1], baseline)
+        if entry.get("data") != data:
+            raise ValueError(
+                f"governance.baseline: {entry['version']} of outbox/{baseline} was measured on the corpus "
+                f"{entry.get('data', '')[:16]}, this run has {data[:16]}: other rows, numbers that don't compare. Give "
+                "a run of the same data, or leave it empty"
+            )
+        return entry
+    made, entries = {weights(path) for path in candidates}, promotions(artifacts)
+    line = [entries[version] for version in _line(artifacts)]
+    earlier = [entry for entry in line if entry.get("data") == data and entry.get("weights") not in made]
+    return earlier[-1] | {"run": artifacts.parent.name} if earlier else {}
+
+
+def called(entry: Mapping[str, Any]) -> str:
+    """What `to_beat` found, in words."""
+    return "{version} of outbox/{run}".format_map(entry) if entry else "none: no earlier version here, and no baseline"
+
+
+def no_worse(entry: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
+    """Limits for `gate` that a candidate misses when it is worse than the version of a promotion's entry; none for the
+    empty one of `to_beat`."""
+    if not entry:
         return {}
-    values = events[-1]["values"]
+    values = entry["values"]
     limits = {"validation_loss": ("<=", WORSE * float(values["validation_loss"]))}
     for name, counted in COUNTED.items():
         if n := values.get(counted):
@@ -60,6 +101,38 @@ def registry(artifacts: Path) -> dict[str, Any]:
     rolled_back."""
     path = artifacts / "registry.json"
     return read_json(path) if path.exists() else {"current": None, "history": []}
+
+
+def promotions(artifacts: Path) -> dict[str, dict[str, Any]]:
+    """Version -> the entry of its last promotion."""
+    return {entry["version"]: entry for entry in registry(artifacts)["history"] if entry["event"] == "promoted"}
+
+
+def weights(folder: Path) -> str:
+    """SHA-256 of the names and digests of every file of a model but its card."""
+    files = [path for path in files_below(folder) if path != folder / CARD]
+    lines = (f"{digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def name(artifacts: Path, candidate: Path, card: Callable[[str], str]) -> str:
+    """The name that `candidate` with the card of that name has or gets: the current version's, if it is this very one,
+    else the next of v1, v2 and so on that nothing was promoted under."""
+    current = registry(artifacts)["current"]
+    if current and whole(artifacts, current) and weights(candidate) == weights(artifacts / current):
+        page = artifacts / current / CARD
+        if page.exists() and page.read_text(encoding="utf-8") == card(current):
+            return str(current)
+    taken = [int(version[1:]) for version in promotions(artifacts) if re.fullmatch(r"v\d+", version)]
+    return f"v{max(taken, default=0) + 1}"
+
+
+def withheld(artifacts: Path, candidate: Path) -> str:
+    """The last version of the same weights, if it was taken out of use, which promoting them again must not undo; else
+    empty."""
+    made = weights(candidate)
+    same = [version for version, entry in promotions(artifacts).items() if entry.get("weights") == made]
+    return "" if not same or same[-1] in _line(artifacts) else same[-1]
 
 
 def _enter(artifacts: Path, event: dict[str, Any], current: str | None) -> None:
@@ -80,18 +153,30 @@ def promote(
     """Copy `candidate`, a folder of `save_pretrained`, to `artifacts/<version>/` and make it current; or enter the
     refusal and its reasons. `card` is its model card; `snapshot`, the checkpoint it is of, will not be pruned.
 
-    The entry holds the measured `values`, the digests of the artifact and of the corpus that the snapshot tells, and
-    the versions of its architecture and states.
+    The entry holds the measured `values`, the digests of the artifact, of its weights and of the corpus that the
+    snapshot tells, and the versions of its architecture and states. What the registry holds already is not entered
+    again: the same refusal, the current version. Raises `ValueError` for a known version with other bytes.
     """
     if missed:
-        event = {"event": "refused", "version": version, "missed": missed, "values": values}
-        _enter(artifacts, event, registry(artifacts)["current"])
+        refused = json.loads(as_json({"event": "refused", "version": version, "missed": missed, "values": values}))
+        if all(entry | refused != entry for entry in registry(artifacts)["history"]):
+            _enter(artifacts, refused, registry(artifacts)["current"])
         return False
     target, temporary = artifacts / version, artifacts / f".{version}"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a copy that was interrupted
     shutil.copytree(candidate, temporary)
     if card:
         write_text(temporary / CARD, card)
+    known = promotions(artifacts).get(version)
+    if known and known["sha256"] != digest(temporary):
+        shutil.rmtree(temporary)
+        raise ValueError(
+            f"{version} is {known['sha256'][:16]}, promoted {known['at']}, and a version keeps its bytes; give a name "
+            f"that is free: none of {', '.join(promotions(artifacts))}"
+        )
+    if known and registry(artifacts)["current"] == version and whole(artifacts, version):
+        shutil.rmtree(temporary)
+        return True
     told = {"architecture": versions.architecture(read_json(candidate / "config.json"), artifacts)}
     told |= {"router": versions.ROUTER, "retriever": versions.RETRIEVER}
     for path in [*files_below(temporary), temporary]:
@@ -104,10 +189,11 @@ def promote(
     flush(artifacts)
     shutil.rmtree(replaced, ignore_errors=True)
     if snapshot:
-        marks = snapshot.parent / PROMOTED
-        kept = read_json(marks) if marks.exists() else {}
-        write_json(marks, kept | {str(read_json(snapshot / MANIFEST)["step"]): version})
+        marks, step = snapshots.promoted(snapshot.parent), read_json(snapshot / MANIFEST)["step"]
+        marks[step] = [*(given for given in marks.get(step, ()) if given != version), version]
+        write_json(snapshot.parent / PROMOTED, {str(at): " ".join(given) for at, given in marks.items()})
     event = {"event": "promoted", "version": version, "sha256": digest(target), "values": values, "versions": told}
+    event["weights"] = weights(target)
     event |= {"data": read_json(snapshot / MANIFEST)["data"]} if snapshot else {}
     _enter(artifacts, event, version)
     return True
@@ -127,14 +213,16 @@ def _line(artifacts: Path) -> list[str]:
 
 def whole(artifacts: Path, version: str) -> bool:
     """Whether the artifact of a version is on disk as it was promoted."""
-    events = [e for e in registry(artifacts)["history"] if e["event"] == "promoted" and e["version"] == version]
-    return bool(events) and (artifacts / version).is_dir() and digest(artifacts / version) == events[-1]["sha256"]
+    entry = promotions(artifacts).get(version)
+    return entry is not None and (artifacts / version).is_dir() and digest(artifacts / version) == entry["sha256"]
 
 
 def demote(artifacts: Path, reason: str) -> str | None:
     """Make the version promoted before the current one current again; returns it, None when there is none. One that is
-    not on disk as it was promoted is passed over."""
+    not on disk as it was promoted is passed over. Raises `ValueError` where none is current."""
     current = registry(artifacts)["current"]
+    if current is None:
+        raise ValueError(f"no version is in use; promoted so far: {', '.join(promotions(artifacts)) or 'none'}")
     earlier = [version for version in _line(artifacts) if version != current and whole(artifacts, version)]
     back = earlier[-1] if earlier else None
     _enter(artifacts, {"event": "demoted", "version": current, "reason": reason}, back)
@@ -144,11 +232,12 @@ def demote(artifacts: Path, reason: str) -> str | None:
 def roll_back(artifacts: Path, version: str, reason: str) -> None:
     """Make `version`, which was promoted once, current again, whatever was decided since.
 
-    Raises `ValueError` for one that never was, or is not on disk as it was promoted.
+    Raises `ValueError` for one that never was, is not on disk as it was promoted, or is current.
     """
+    if version == registry(artifacts)["current"]:
+        raise ValueError(f"{version} is current already")
     if not whole(artifacts, version):
-        known = sorted({event["version"] for event in registry(artifacts)["history"] if event["event"] == "promoted"})
-        there = [name for name in known if whole(artifacts, name)]
+        there = [known for known in sorted(promotions(artifacts)) if whole(artifacts, known)]
         raise ValueError(f"{version} can't be current: never promoted, or changed since; allowed: {there or 'none'}")
     event = {"event": "rolled_back", "version": version, "from": registry(artifacts)["current"], "reason": reason}
     _enter(artifacts, event, version)

@@ -14,7 +14,7 @@ from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS
 MARKER, MANIFEST = "complete.json", "manifest.json"
 PARTIAL = ".saving"  # what is being written lies in here, and counts for nothing
 VOUCHED = ".digests-"  # and the rank: of the files that it wrote
-PROMOTED = "promoted.json"  # step -> version of the snapshots that were promoted: these stay
+PROMOTED = "promoted.json"  # step -> versions of the snapshots that were promoted: these stay
 
 
 def flush(path: Path) -> None:
@@ -126,11 +126,16 @@ def before(home: Path, step: int) -> int:
     return max((at for at in listed(home) if at <= step), default=0)
 
 
+def promoted(home: Path) -> dict[int, list[str]]:
+    """Step of a checkpoint -> the versions that were promoted from it."""
+    told = read_json(home / PROMOTED) if (home / PROMOTED).exists() else {}
+    return {int(at): given.split() for at, given in told.items()}
+
+
 def touched(home: Path, step: int) -> list[str]:
     """What holds the learning of optimiser step `step` (from 0): checkpoints, promoted versions, weights at the end."""
     found = [path.name for at, path in listed(home).items() if at > step]
-    told = read_json(home / PROMOTED) if (home / PROMOTED).exists() else {}
-    found += [f"version {version}" for at, version in told.items() if int(at) > step]
+    found += [f"version {version}" for at, given in promoted(home).items() if at > step for version in given]
     return found + [name for name in ("final", "final_ema") if (home / name).exists()]
 
 
@@ -177,8 +182,7 @@ def prune(home: Path, keep: Snapshots) -> list[int]:
     losses = {
         step: float(about["validation_loss"]) for step, about in told.items() if about["validation_loss"] is not None
     }
-    promoted = map(int, read_json(home / PROMOTED)) if (home / PROMOTED).exists() else ()
-    gone = sorted(have.keys() - retained(have, losses, keep, promoted))
+    gone = sorted(have.keys() - retained(have, losses, keep, promoted(home)))
     for step in gone:
         hidden = home / PARTIAL / f"{have[step].name}.deleted"
         hidden.parent.mkdir(exist_ok=True)
