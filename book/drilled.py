@@ -18,6 +18,7 @@ FAULTS = {
     "fewer_ranks": ("FailureRecoveryNode",), "kill_all": ("ResumeSelfTest",), "hang": ("HangDiagnosis",),
     "preempted": ("KillSwitch",), "poison": ("SpikeRollback",), "nan_parameter": ("TrainRolledBack",),
     "nan_gradient": ("TrainNonFinite",), "burst": ("TrainSkippedUpdates",), "spike": ("TrainGradSpike",),
+    "slow_rank": ("SlowRank",),
 }  # fmt: skip
 
 

@@ -1,16 +1,21 @@
 """The ladder in real jobs: what each rung mends, that nothing else changes, and what is said when nothing helps."""
 
 import json
+import math
+import shutil
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import test_training
+from safetensors.torch import load_file, save_file
 from test_training import Job, compared, history, profile, run
 
 from stackpkg.data import curriculum
 from stackpkg.params import Params
-from stackpkg.runs import RunFolder, read_json
+from stackpkg.runs import RunFolder, read_json, write_json
+from stackpkg.telemetry import rows
 from stackpkg.training import launch, recovery
 
 lab = test_training.lab  # the same tiny run
@@ -71,9 +76,44 @@ def test_what_bf16_cannot_hold_is_trained_in_fp32(lab: RunFolder, mended) -> Non
     assert history(lab, "overflowing").recovery_rung.tolist()[-1] == 4
 
 
+def alerts(lab: RunFolder, name: str) -> list[tuple[int, str, float]]:
+    lines = (lab.path / f"telemetry/{name}.alerts.jsonl").read_text().splitlines()
+    return [(each["step"], each["alert"], each["value"]) for each in map(json.loads, lines)]
+
+
 def test_what_nothing_mends_ends_with_a_diagnosis(lab: RunFolder) -> None:
     p, home = patient(), lab.path / "checkpoints/hopeless"
     with pytest.raises(RuntimeError, match="again after roll_back, skip_data: the fault is in the weights"):
         launch.launch("hopeless", p, lab, steps=12, faults=[{"kind": "nan_gradient", "step": BURST}], quiet=True)
     assert read_json(home / "diagnosis.json")["tried"] == ["roll_back", "skip_data"]
     assert (home / "checkpoint-2").exists() and not (home / "done.json").exists()
+    assert alerts(lab, "hopeless")[-1] == (7, "TrainRolledBack", 5)
+    last = rows.read(lab.path / "telemetry/hopeless").iloc[-1]
+    assert (last.attempt, last.step, last.recovery_rung, last.nonfinite, last.update_skipped) == (3, 7, 5, 1, 1)
+    assert math.isnan(last.grad_norm) and 0 < last.loss < 10 and last.loss_language_modelling > 0
+    assert sum(last.batch_tokens) > 0, "which documents were in it"
+
+
+def test_weights_that_nothing_mends_are_told_of_with_what_was_measured_beside_them(lab: RunFolder) -> None:
+    with pytest.raises(RuntimeError, match="again after roll_back, skip_data"):
+        launch.launch("rotten", patient(), lab, steps=12, faults=[{"kind": "inf_parameter", "step": 3}], quiet=True)
+    table = rows.read(lab.path / "telemetry/rotten")
+    broken = table[table.step == 3]
+    assert broken.recovery_rung.tolist() == [2, 3, 5] and broken.nonfinite.tolist() == [1, 1, 1]
+    assert np.isinf(broken.weight_norm).all() and (broken[["loss", "grad_norm"]] < 100).all(axis=None)
+    assert alerts(lab, "rotten")[-2:] == [(3, "TrainNonFinite", 1), (3, "TrainRolledBack", 5)]
+
+
+def test_the_end_of_the_ladder_is_in_the_logbook(lab: RunFolder, clean: dict[str, Any]) -> None:
+    """Weights that came broken: no attempt has a row before the one that breaks it off."""
+    home = lab.path / "checkpoints/stillborn"
+    shutil.copytree(lab.path / "checkpoints/calm/initial", home / "initial")
+    weights = load_file(home / "initial/model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, home / "initial/model.safetensors", {"format": "pt"})
+    write_json(home / "job.json", launch.describe("stillborn", patient(), lab, 12, ()))
+    with pytest.raises(RuntimeError, match="from step 1 to 1, and again after roll_back, skip_data"):
+        launch.launch("stillborn", patient(), lab, steps=12, quiet=True)
+    assert [name for _, name, _ in alerts(lab, "stillborn")] == ["TrainNonFinite", "TrainRolledBack"]
+    told = (lab.path / "logbook.md").read_text()
+    assert "TrainRolledBack (critical)" in told and "in step 1 of stillborn, attempt 3" in told

@@ -23,7 +23,10 @@ WORKERS = {
     "finishing": """
         (home / "seen").open("a").write("x")
         (run / "telemetry" / home.name).mkdir(parents=True, exist_ok=True)
-        (run / "telemetry" / f"{home.name}.alerts.jsonl").open("a").write("{}")
+        for end in ("alerts.jsonl", "events.jsonl"):
+            (run / "telemetry" / f"{home.name}.{end}").open("a").write("{}")
+        (run / "telemetry" / f"{home.name}.reports").mkdir(exist_ok=True)
+        (run / "telemetry" / f"{home.name}.reports/points").open("a").write("x")
         sys.stdout.buffer.write(b"torn text: \\xe2\\x96")
         print("\\n[job] shown\\nnot shown", flush=True)
         (home / "done.json").write_text(json.dumps({"seen": len((home / "seen").read_text())}))
@@ -142,8 +145,10 @@ def test_a_finished_job_starts_fresh_and_the_old_one_is_kept(
     assert "not shown" in (folder.path / "checkpoints/job/log.txt").read_text(encoding="utf-8")
     kept = repository / "outbox/.previous" / folder.name / "job"
     assert read_json(kept / "checkpoints/done.json") == {"seen": 1}
-    assert sorted(path.name for path in kept.iterdir()) == ["alerts.jsonl", "checkpoints", "telemetry"]
-    assert (folder.path / "telemetry/job.alerts.jsonl").read_text() == "{}"  # the old job's alerts are not this one's
+    beside = ["alerts.jsonl", "events.jsonl", "reports"]
+    assert sorted(path.name for path in kept.iterdir()) == sorted([*beside, "checkpoints", "telemetry"])
+    told = ("alerts.jsonl", "events.jsonl", "reports/points")  # what the old job told is not this one's
+    assert [(folder.path / f"telemetry/job.{end}").read_text() for end in told] == ["{}", "{}", "x"]
     assert not (folder.path / "eval/job").exists()
 
 

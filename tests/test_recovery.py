@@ -41,6 +41,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 SPIKE = Guard.production(params.validate({})).named("TrainGradSpike")
+MEASURED = {"loss": 2.5, "weight_norm": 1.0}
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
@@ -50,7 +51,7 @@ def test_a_skipped_step_changes_no_bit(options: dict[str, bool], value: float) -
     before = state(model, optimizer)
     next(model.parameters()).grad.view(-1)[3] = value
     skips = Skips(SPIKE)
-    assert skips.check(model, norm(model), 1) is True
+    assert skips.check(model, norm(model)) is True
     optimizer.step()
     assert same(state(model, optimizer), before)
     assert (skips.total, skips.consecutive) == (1, 1)
@@ -59,7 +60,7 @@ def test_a_skipped_step_changes_no_bit(options: dict[str, bool], value: float) -
 def test_a_finite_step_is_taken() -> None:
     model, optimizer = trained(fused=True)
     before, skips = state(model, optimizer), Skips(SPIKE)
-    assert skips.check(model, norm(model), 1) is False
+    assert skips.check(model, norm(model)) is False
     optimizer.step()
     assert not same(state(model, optimizer), before) and skips.total == 0
 
@@ -70,21 +71,27 @@ def test_four_in_a_row_are_a_fault_and_a_good_step_starts_the_count_again() -> N
     for _ in range(2):
         for _ in range(MAX_CONSECUTIVE_SKIPS - 1):
             step += 1
-            assert skips.check(model, bad, step)
+            assert skips.check(model, bad)
+            skips.judge(MEASURED, step)
         step += 1
-        assert not skips.check(model, good, step) and skips.consecutive == 0
+        assert not skips.check(model, good) and skips.consecutive == 0
     assert skips.total == 6
-    for k in range(1, 4):
-        skips.check(model, bad, step + k)
+    assert all(skips.check(model, bad) for _ in range(4))
     with pytest.raises(RollBack, match="from step 9 to 12") as raised:
-        skips.check(model, bad, step + 4)
-    assert (raised.value.first, raised.value.last) == (9, 12)
+        skips.judge(MEASURED, step + 4)
+    assert (raised.value.first, raised.value.last, raised.value.row) == (9, 12, MEASURED)
+
+
+def test_weights_that_are_not_finite_are_a_fault_at_once() -> None:
+    with pytest.raises(RollBack, match="from step 3 to 3") as raised:
+        Skips(SPIKE).judge(MEASURED | {"weight_norm": float("inf")}, 3)
+    assert raised.value.row["loss"] == 2.5, "what was measured is kept"
 
 
 def told(norms: list[float], skips: Skips | None = None) -> tuple[list[bool], Skips]:
     model, _ = trained()
     skips = skips or Skips(SPIKE)
-    return [skips.check(model, torch.tensor(value), step) for step, value in enumerate(norms, 1)], skips
+    return [skips.check(model, torch.tensor(value)) for value in norms], skips
 
 
 def test_a_spike_is_dropped_and_the_window_learns_nothing_from_it() -> None:
@@ -164,12 +171,14 @@ def test_faults_strike_where_they_are_told_to() -> None:
         inject({"kind": "bit_flip", "step": 1}, model, optimizer, settle, **at)
 
 
-@pytest.mark.parametrize(("kind", "damaged"), [("nan_parameter", "weights"), ("nan_moment", "moments")])
-def test_damage_to_the_state_is_one_number(kind: str, damaged: str) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(("part", "damaged"), [("parameter", "weights"), ("moment", "moments")])
+def test_damage_to_the_state_is_one_number(value: str, part: str, damaged: str) -> None:
     model, optimizer = trained()
-    inject({"kind": kind}, model, optimizer, settle, step=1)
+    inject({"kind": f"{value}_{part}"}, model, optimizer, settle, step=1)
+    test = {"nan": torch.isnan, "inf": torch.isinf}[value]
     bad = {
-        "weights": sum(int(p.isnan().sum()) for p in model.parameters()),
-        "moments": sum(int(s["exp_avg"].isnan().sum()) for s in optimizer.state.values()),
+        "weights": sum(int(test(p).sum()) for p in model.parameters()),
+        "moments": sum(int(test(s["exp_avg"]).sum()) for s in optimizer.state.values()),
     }
     assert bad == {"weights": 0, "moments": 0} | {damaged: 1}

@@ -1,5 +1,8 @@
 """The stop file: every rank of a real launch ends at one step, with a reason, and the job goes on as if never asked."""
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +15,8 @@ import torch.distributed as dist
 from test_training import Job, compared, history, profile, run, weights
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from stackpkg.runs import RunFolder, read_json
+from stackpkg import runs
+from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.training import launch, stop
 from stackpkg.training.recovery import StopFile
 
@@ -56,6 +60,41 @@ def test_a_stopped_job_ends_on_all_ranks_with_a_checkpoint_and_goes_on_to_the_sa
     pd.testing.assert_frame_equal(compared(history(lab, "halted")), compared(history(lab, "free")), check_exact=True)
     average = weights(lab, "halted", "final_ema"), weights(lab, "free", "final_ema")
     assert all(torch.equal(average[0][name], tensor) for name, tensor in average[1].items())
+
+
+def command(lab: RunFolder, job: str) -> subprocess.Popen[str]:
+    """`stackpkg launch` in a process of its own, in the throw-away repository."""
+    values = profile(2).model_dump(mode="json") | {"run": lab.name}
+    told = write_json(runs.root() / "sigterm.yaml", values)  # JSON is YAML
+    code = "from pathlib import Path\nfrom stackpkg import cli, runs\nfrom stackpkg.training import launch\n"
+    code += f"runs.root = launch.root = lambda: Path({str(runs.root())!r})\ncli.app()"
+    arguments = [sys.executable, "-c", code, "launch", str(told), "--job", job]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_launch_that_gets_sigterm_ends_whole_and_the_next_goes_on(lab: RunFolder) -> None:
+    home, rows = lab.path / "checkpoints/term", lab.path / "telemetry/term/rank-00000.jsonl"
+    launched = command(lab, "term")
+    while not (rows.exists() and rows.read_text().count("\n") >= 1) and launched.poll() is None:
+        time.sleep(0.01)
+    launched.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    said, _ = launched.communicate(timeout=120)
+    assert time.monotonic() - asked < 30, "longer than a step and a checkpoint take"
+    assert launched.returncode == 1 and "SIGTERM; launch it again to go on" in said, said
+    (attempt,) = read_json(home / "attempts.json")
+    at = attempt["stopped"]["step"]
+    assert attempt["stopped"]["reason"] == "SIGTERM" and 2 <= at < 6 and not (home / stop.FILE).exists()
+    assert read_json(home / f"checkpoint-{at}/complete.json")["step"] == at
+    assert {path.name[:4] for path in home.glob(f"checkpoint-{at}/dcp/*.distcp")} == {"__0_", "__1_"}
+    table = pd.read_parquet(lab.path / "telemetry/term.parquet")
+    assert table.groupby("rank").step.max().tolist() == [at, at], "the ranks did not agree on the step"
+    again = command(lab, "term")
+    said, _ = again.communicate(timeout=240)
+    assert again.returncode == 0 and "done: 6 steps" in said, said
+    undisturbed = run(lab, calm=Job(profile(2)))["calm"]
+    done = read_json(home / "done.json")
+    assert done["attempts"] == 2 and done["weights_sha256"] == undisturbed["weights_sha256"]
 
 
 def test_a_job_is_asked_to_save_and_one_that_hangs_is_killed_for_good(lab: RunFolder) -> None:

@@ -63,7 +63,7 @@ def head_norms(rank: int, ranks: int, store: str) -> None:
 
 
 def test_gradients_of_head_norms_are_summed_once_under_accumulation(tmp_path: Any) -> None:
-    """transformers 5.23, `replicated_with_grad_allreduce`; round it: `mesh.ReplicatedGradSum`."""
+    """transformers 5.23, `replicated_with_grad_allreduce`; round it: `tensor_parallel.ReplicatedGradSum`."""
     spawn(head_norms, 2, str(tmp_path / "store"))
 
 

@@ -56,6 +56,7 @@ def slurm(p: Params, name: str, command: Sequence[str]) -> str:
     job stops whole and is queued again.
     """
     cluster, home = p.cluster, f"outbox/{p.run}/checkpoints/{name}"
+    # --exclusive: whole nodes. By itself Slurm gives a task one CPU, and all ranks of a node are children of one task
     options = {
         "job-name": name_of(p, name), "nodes": p.layout.nodes, "ntasks-per-node": 1,
         "gpus-per-node": cluster.gpus_per_node, "time": int(p.layout.timeout_minutes), "partition": cluster.partition,
@@ -65,7 +66,8 @@ def slurm(p: Params, name: str, command: Sequence[str]) -> str:
     heads = [f"#SBATCH --{key}={value}" for key, value in options.items() if value]
     line = " ".join(f'"{part}"' if HEAD in part else shlex.quote(part) for part in command)
     return "\n".join([
-        "#!/bin/bash", *heads, "#SBATCH --requeue", "set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"',
+        "#!/bin/bash", *heads, "#SBATCH --exclusive", "#SBATCH --requeue", "set -euo pipefail",
+        'cd "$SLURM_SUBMIT_DIR"',
         *(f"export {key}={value}" for key, value in QUIET.items()),
         'export HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         *_patient(home, f"srun --kill-on-bad-exit=1 {line}"),

@@ -18,8 +18,8 @@ from stackpkg.training.mesh import local
 LOSSES = {"nan_loss": float("nan"), "inf_loss": float("inf")}
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
 KINDS = (
-    *SIGNALS, "kill_saving", "hang", "disk_full", "clock_back", "hot_rate", "flip_byte", *LOSSES,
-    "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "nan_moment",
+    *SIGNALS, "kill_saving", "hang", "slow", "disk_full", "clock_back", "hot_rate", "flip_byte", *LOSSES,
+    "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "inf_parameter", "nan_moment", "inf_moment",
 )  # fmt: skip
 ROOM = 1 << 16  # bytes that a file may have once the disk is full
 
@@ -59,13 +59,14 @@ def inject(
 ) -> None:
     """Do the damage that `fault` asks for, between the backward pass and the update, if it names this place.
 
-    `here` is step (from 1), rank, attempt, cursor (step of the data, from 0) and precision; a fault names any of them,
-    by a value or a list of values. Kinds: `kill` and `terminate` (SIGKILL and SIGTERM, as the machine would, but after
-    `settle`: a drill ends the same each time); `hang`, for ever; `disk_full`, from when on no file grows beyond `ROOM`
-    bytes; `clock_back`, by a day; `flip_byte`, the one at `offset` of `file` below the run's `folder`; `hot_rate`, this
-    update at `factor` times the learning rate; NaN or infinity in one number of a gradient, or a gradient 10,000 times
-    as large; NaN in one number of a weight or of Adam's first moment, from which the next gradients are none. Done
-    elsewhere are `kill_saving`, while the checkpoint of a step is written, and the losses of `spoilt`.
+    `here` is step (from 1), rank, attempt, cursor (step of the data, from 0) and precision; a fault names any of
+    them, by a value or a list of values. Kinds: `kill` and `terminate` (SIGKILL and SIGTERM, as the machine would,
+    but after `settle`: a drill ends the same each time); `hang`, for ever; `slow`, `seconds` later; `disk_full`, from
+    when on no file grows beyond `ROOM` bytes; `clock_back`, by a day; `flip_byte`, the one at `offset` of `file`
+    below the run's `folder`; `hot_rate`, this update at `factor` times the learning rate; NaN or infinity in one
+    number of a gradient, of a weight or of Adam's first moment, from which the next gradients are none; or a gradient
+    10,000 times as large. Done elsewhere are `kill_saving`, while the checkpoint of a step is written, and the losses
+    of `spoilt`.
     Raises `ValueError` for an unknown kind.
     """
     kind = fault["kind"]
@@ -80,6 +81,8 @@ def inject(
     elif kind == "hang":
         while True:
             time.sleep(60)
+    elif kind == "slow":
+        time.sleep(fault["seconds"])
     elif kind == "disk_full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
     elif kind == "clock_back":
@@ -101,6 +104,6 @@ def _damage(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
             local(gradient).mul_(1e4)
         return
     first, gradient = learning[0]
-    places = {"nan_parameter": first, "nan_moment": optimizer.state[first].get("exp_avg", first)}
-    value = float("inf" if kind == "inf_gradient" else "nan")
-    local(places.get(kind, gradient)).view(-1)[0] = value
+    value, _, place = kind.partition("_")
+    places = {"gradient": gradient, "parameter": first, "moment": optimizer.state[first].get("exp_avg", first)}
+    local(places[place]).view(-1)[0] = float(value)

@@ -29,6 +29,7 @@ TETHER, WORKER, EXPORTER = (f"stackpkg.{name}" for name in ("training.tether", "
 WHERE = ("layout", "cluster", "telemetry", "snapshots", "sweep", "governance")
 DIAGNOSIS = "diagnosis.json"  # what the end of the recovery ladder leaves
 FOLDERS = ("checkpoints", "telemetry", "eval")
+BESIDE = ("parquet", "alerts.jsonl", "events.jsonl", "reports")  # of telemetry/<job>: `telemetry/<job>.parquet`
 RAISED = re.compile(r"(\[rank\d+\]:\s*)?(?=[\w.]*(Error|RollBack|Failed): )")  # the last line of a traceback
 
 
@@ -84,7 +85,7 @@ def _start_fresh(folder: RunFolder, name: str) -> None:
     kept = root() / "outbox" / ".previous" / folder.name / name
     shutil.rmtree(kept, ignore_errors=True)
     places = {part: folder.path / part / name for part in FOLDERS}
-    places |= {end: folder.path / f"telemetry/{name}.{end}" for end in ("parquet", "alerts.jsonl")}
+    places |= {end: folder.path / f"telemetry/{name}.{end}" for end in BESIDE}
     for place, old in places.items():
         if old.exists():
             kept.mkdir(parents=True, exist_ok=True)

@@ -113,12 +113,13 @@ class Measuring:
         names = sorted(self.needed & values.keys())
         told = torch.stack([values.pop(name).double().to(self.device) for name in names]).tolist()
         at_once, self.later = dict(zip(names, told, strict=True)), values
+        held = at_once["loss"], grad_norm, at_once["weight_norm"]
         known: dict[str, Any] = {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "beta1_effective": betas[0],
             "beta2_effective": betas[1],
-            "nonfinite": int(not math.isfinite(at_once["loss"])) + int(not math.isfinite(grad_norm)),
+            "nonfinite": sum(not math.isfinite(value) for value in held),
             "context": context,
             "cursor": self.stream.plan.position(step),
             "data_wait_seconds": data_wait,

@@ -33,11 +33,12 @@ HISTORY = "ladder.jsonl"
 
 
 class RollBack(FloatingPointError):
-    """Gradients, or weights, were not finite from step `first` to step `last` (from 1). Raised on all ranks at once."""
+    """Gradients, or weights, were not finite from step `first` to step `last` (from 1), of which `row` is what was
+    measured. Raised on all ranks at once."""
 
-    def __init__(self, first: int, last: int) -> None:
+    def __init__(self, first: int, last: int, row: dict[str, Any] | None = None) -> None:
         super().__init__(f"numbers were not finite from step {first} to {last}")
-        self.first, self.last = first, last
+        self.first, self.last, self.row = first, last, row or {}
 
 
 class Skips:
@@ -52,11 +53,8 @@ class Skips:
         self.spike, self.total, self.consecutive, self.broken = spike, 0, 0, 0
         self.window: deque[float] = deque(maxlen=WINDOW)
 
-    def check(self, model: nn.Module, norm: Tensor, step: int) -> bool:
-        """True if the update of `step` must be skipped. The norm is global, so all ranks agree without a message.
-
-        Raises `RollBack` at the fourth in a row that is not finite: the fault is not a single bad batch.
-        """
+    def check(self, model: nn.Module, norm: Tensor) -> bool:
+        """True if the update must be skipped. The norm is global, so all ranks agree without a message."""
         value, capped = float(norm), self.consecutive >= MAX_CONSECUTIVE_SKIPS
         bad = not math.isfinite(value)
         if not bad and (capped or score(self.spike, value, self.window) <= float(self.spike.threshold)):
@@ -69,9 +67,16 @@ class Skips:
         self.broken = self.broken + 1 if bad else 0
         for parameter in model.parameters():
             parameter.grad = None
-        if self.broken >= MAX_CONSECUTIVE_SKIPS:
-            raise RollBack(step - self.broken + 1, step)
         return True
+
+    def judge(self, row: dict[str, Any], step: int) -> None:
+        """Raises `RollBack` for what was measured of `step`: weights that are not finite, for where is not seen in a
+        gradient until that number is used; the fourth update in a row that was not, for then it is no single bad batch.
+        """
+        if not math.isfinite(row["weight_norm"]):
+            raise RollBack(step, step, row)
+        if self.broken >= MAX_CONSECUTIVE_SKIPS:
+            raise RollBack(step - self.broken + 1, step, row)
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"total": self.total, "consecutive": self.consecutive, "broken": self.broken}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.measuring import Measuring
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import optimizer
-from stackpkg.training.recovery import RollBack, Skips
+from stackpkg.training.recovery import RUNGS, RollBack, Skips
 from stackpkg.training.reporting import Reporting
 from stackpkg.training.steploss import StepLoss
 
@@ -149,7 +148,7 @@ class StackTrainer(Reporting):
         norm = self.mesh.norm(gradients, squares)
         self.measuring.gradients(gradients, squares, norm)
         norm = self.mesh.clip(gradients, self.args.max_grad_norm, norm)
-        self._update_skipped = self.skips.check(model, norm, self.state.global_step + 1)
+        self._update_skipped = self.skips.check(model, norm)
         self.measuring.update(self._update_skipped)
         # accelerate reports the step as skipped, so Trainer does not advance the schedule either
         self.optimizer._is_overflow = self._update_skipped
@@ -176,11 +175,11 @@ class StackTrainer(Reporting):
         step = self.state.global_step
         about = step - self.skips.total, self.counts, self._sequence, self._data_wait
         row = self.measuring.row(step, loss, grad_norm, learning_rate, *about)
-        if not math.isfinite(row["weight_norm"]):  # where, is not seen in a gradient until that number is used
-            raise RollBack(step, step)
         rung = max(int(self._update_skipped), self._rung)
-        places = self.stream.schedule.places(self.batches.of(step - 1))
-        return row | places | {"update_skipped": int(self._update_skipped), "recovery_rung": rung}
+        row |= self.stream.schedule.places(self.batches.of(step - 1))
+        row |= {"update_skipped": int(self._update_skipped), "recovery_rung": rung}
+        self.skips.judge(row, step)
+        return row
 
     def _write_row(self) -> None:
         """Once a step, after its evaluation if it has one and before its checkpoint: no saved step lacks its row."""
@@ -188,20 +187,33 @@ class StackTrainer(Reporting):
             return
         row, self._row = self.rows.write(self.state.global_step, self.measuring.later, **self._row), {}
         if self.rank == 0:
-            step = self.state.global_step
-            alerts = self.guard.observe(row)
+            step, alerts = self.state.global_step, self._alerts(row)
             self._act(alerts)
-            told = ({"step": step, "attempt": self.attempt, **alert} for alert in alerts)
-            privacy.append(self.folder / "telemetry" / f"{self.name}.alerts.jsonl", told)
-            if not self.faults:  # a drill's alerts are no incidents
-                good = [path.name for path in snapshots.listed(Path(str(self.args.output_dir))).values()]
-                logbook.fired(self.folder, self.name, step, self.attempt, alerts, good[-1] if good else "")
             note = " update skipped" if self._update_skipped else ""
             fired = "".join(f" ! {alert['alert']}" for alert in alerts)
             shown = "loss {loss:8.4f}  norm {grad_norm:7.3f}  rate {learning_rate:.2e}  {tokens_per_second:6.0f} tok/s"
             print(f"[{self.name}] step {step:>4}/{self.args.max_steps}  {shown.format(**row)}{note}{fired}", flush=True)
         if "validation_loss" in row:  # its alert may have switched retrieval off
             self.retriever.agree()
+
+    def _alerts(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """What a row fires, in `alerts.jsonl` and the logbook."""
+        step, alerts = row["step"], self.guard.observe(row)
+        told = ({"step": step, "attempt": self.attempt, **alert} for alert in alerts)
+        privacy.append(self.folder / "telemetry" / f"{self.name}.alerts.jsonl", told)
+        if not self.faults:  # a drill's alerts are no incidents
+            good = [path.name for path in snapshots.listed(Path(str(self.args.output_dir))).values()]
+            logbook.fired(self.folder, self.name, step, self.attempt, alerts, good[-1] if good else "")
+        return alerts
+
+    def break_off(self, fault: RollBack, rung: int) -> None:
+        """The row of the step in which this attempt broke off, for `rung`. The next attempt tells of it in its first
+        row; where none follows, this one does."""
+        known = fault.row | {"update_skipped": 1, "recovery_rung": rung}
+        row = self.rows.write(fault.last, self.measuring.later, **known)
+        if self.rank == 0 and RUNGS[rung - 1] == "stop":
+            self.guard.forget("TrainRolledBack")  # of the rung before
+            self._alerts(row)
 
     def _act(self, alerts: list[dict[str, Any]]) -> None:
         """What an alert asks for; a spike was skipped before its row was written, and the ladder rolls back."""

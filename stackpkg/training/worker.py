@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ from stackpkg.params import Params
 from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import receivers, rows
 from stackpkg.telemetry.guard import Guard
-from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import attempts, hang, layout, recovery, running, stop
 from stackpkg.training.mesh import Mesh, build
 from stackpkg.training.optim import training_arguments
@@ -54,18 +52,9 @@ def run(job_file: Path) -> None:
     held = _precision(home, p).training.precision != p.training.precision  # what a rung said that lasts to the end
     rung = recovery.RUNGS.index("fp32") + 1 if held else 0
     while True:
-        try:
-            _attempt(job, home, folder, _precision(home, p), mesh, rung, watch)
-            break
-        except recovery.RollBack as fault:
-            rung = _climb(home, fault, _precision(home, p).training.precision)
-            number = len(attempts.read(home))
-            broken: dict[str, Any] = {"loss": math.nan, "grad_norm": math.nan, "nonfinite": 1}
-            kept = RowWriter(folder / "telemetry" / home.name, p.run, number, dist.get_rank(), dist.get_world_size())
-            kept.write(fault.last, update_skipped=1, recovery_rung=rung, **broken)  # of the step that broke off
-            kept.flush()
-            if recovery.RUNGS[rung - 1] == "stop":
-                break  # without a report, and without an error: torch elastic would only try the same again
+        rung = _attempt(job, home, folder, _precision(home, p), mesh, rung, watch)
+        if rung in (0, len(recovery.RUNGS)):
+            break  # "stop": without a report, and without an error, for torch elastic would only try the same again
         gc.collect()  # the model of that attempt
     layout.leave()
 
@@ -94,9 +83,8 @@ def _initial(p: Params, stream: Stream) -> PreTrainedModel:
     return model
 
 
-def _attempt(
-    job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int, watch: hang.Watch
-) -> None:
+def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int, watch: hang.Watch) -> int:
+    """Train from the newest checkpoint on; the rung of the ladder that comes next, 0 where the job has ended."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     attempt, checkpoint = attempts.begin(home, record(job, p))
     if rank == 0:
@@ -138,9 +126,11 @@ def _attempt(
     watch.listen(model, lambda: trainer.saver.waiting)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except recovery.RollBack:
+    except recovery.RollBack as fault:
         trainer.saver.wait()  # all ranks are here, and the next attempt begins from what is on disk
-        raise
+        climbed = _climb(home, fault, p.training.precision)
+        trainer.break_off(fault, climbed)
+        return climbed
     finally:
         watch.rest()
         trainer.rows.flush()
@@ -149,7 +139,7 @@ def _attempt(
         if rank == 0:
             rows.compact(folder / "telemetry" / job["name"])
             print(f"[{job['name']}] stopped: {stop.record(home, trainer.state.global_step)}", flush=True)
-        return
+        return 0
 
     trainer.save_model(str(home / "final"))
     with trainer.ema.swapped():
@@ -169,6 +159,7 @@ def _attempt(
         rows.compact(folder / "telemetry" / job["name"])
         write_json(home / "done.json", summary | {"at": now()})
         print(f"[{job['name']}] done: {trainer.state.global_step} steps", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
