@@ -104,6 +104,7 @@ def main(folder: Path, *other: Path) -> None:
         "support": support(runs.read_json(Path("support.json"))),
         "faults": faults(table_of_faults),
         "kpis": watched(),
+        "false_alarms": drilled.false_alarms(folder),
         "drills": drilled.overview(pages, drills, now),
         "logbook": drilled.entries(folder, pages),
     }
