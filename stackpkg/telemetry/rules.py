@@ -30,10 +30,11 @@ def expression(alert: Alert, step_seconds: float, grace_seconds: float = 0.0) ->
         still = f"{name} offset {math.ceil(grace_seconds)}s > {limit}"
         return f"{name} > {limit} and (min_over_time({name}[30d]) <= {limit} or {still})"
     if alert.comparison.startswith("times_median"):
-        return f"{name} {'<' if alert.falls else '>'} {limit} * {centre}"
+        return f"{name} {'<' if alert.falls else '>'} {limit} * {centre} and {name} < Inf"
     if alert.comparison == "robust_z_above":
         spread = f"1.4826 * quantile_over_time(0.5, abs({name} - {centre}){span}:])"
-        return f"({name} - {centre}) > {limit} * {spread} and ({name} - {centre}) > {limit} * 0.01 * abs({centre})"
+        far = f"({name} - {centre}) > {limit} * {spread} and ({name} - {centre}) > {limit} * 0.01 * abs({centre})"
+        return f"{far} and {name} < Inf"  # what is not finite is `nonfinite`'s to tell, as in the guard
     if alert.hold == 1 and alert.seen == "job":  # the extreme of a minute: no step slips through between two scrapes
         name = f"train_{'min' if alert.falls else 'max'}_{alert.series}"
     return f"{name} {SIGN[alert.comparison]} {limit}"
