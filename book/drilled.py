@@ -136,5 +136,21 @@ def entries(folder: Path, pages: Path) -> str:
     return "\n".join(shown) + "\n"
 
 
+def false_alarms(folder: Path) -> str:
+    """What the guard said to the jobs of the run that went well, from the evidence of notebook 51."""
+    found = _read(folder, "evidence/51_drill_alerts.json")
+    if "clean_jobs" not in found:
+        return "Not measured in this run\\.\n"
+
+    def told(alarms: dict[str, int]) -> str:
+        return text(", ".join(f"{name} ({count})" for name, count in alarms.items()) or "none")
+
+    rows = [[code(job["job"]), text(f"{job['steps']}"), told(job["alarms"]), told(job["earned"])]
+            for job in found["clean_jobs"]]  # fmt: skip
+    rate = f"{found['clean_alarms']} false alarms in {found['clean_steps']} steps: {found['false_alarm_rate']:.3g} per "
+    rate += f"1,000 steps, with 95 % confidence at most {found['false_alarm_rate_at_most']:.3g} (exact Poisson limit)."
+    return text(rate) + "\n\n" + table("job | steps | false alarms | missed targets", rows)
+
+
 def now() -> datetime:
     return datetime.now(UTC)

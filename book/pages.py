@@ -107,6 +107,7 @@ def main(folder: Path, *other: Path) -> None:
         "kpis": watched(),
         "goals": measured.goals(),
         "benchmarks": measured.rows(),
+        "false_alarms": drilled.false_alarms(folder),
         "drills": drilled.overview(pages, drills, now),
         "logbook": drilled.entries(folder, pages),
     }

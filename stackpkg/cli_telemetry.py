@@ -1,8 +1,9 @@
-"""The commands of `stackpkg` that look at a job through its telemetry: query, live."""
+"""The commands of `stackpkg` that look at a job through its telemetry, or listen for it: query, live, inbox."""
 
 from __future__ import annotations
 
 import json
+import signal
 from typing import Annotated
 
 import typer
@@ -58,4 +59,23 @@ def live(
         server.server_close()
 
 
-COMMANDS = (query, live)
+def inbox(
+    path: Folder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of this machine; 0: a free one")] = 9095,
+) -> None:
+    """Write what Alertmanager tells of a run's jobs into the run's logbook, an entry a firing; ends with Ctrl-C."""
+    from stackpkg.telemetry import live
+
+    folder = folder_at(path)
+    try:
+        clerk = live.clerk(folder.path, port)
+    except OSError as error:
+        stop(f"port {port}: {error}; does another inbox listen there? give another --port, and to alertmanager.yml too")
+    typer.echo(f"{clerk.at}/logbook writes into outbox/{folder.name}/logbook.md; Ctrl-C ends it")
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        clerk.close()
+
+
+COMMANDS = (query, live, inbox)

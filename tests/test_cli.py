@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import time
 from http.server import ThreadingHTTPServer
@@ -383,6 +385,17 @@ def test_a_live_page_is_for_this_machine_alone(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     done = call("live", run)
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/ follows train; Ctrl-C ends it\n", done.stdout)
+
+
+def test_an_inbox_says_where_it_listens_and_that_a_port_is_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "pause", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    done = call("inbox", run, "--port", "0")
+    said = r"http://127\.0\.0\.1:\d+/logbook writes into outbox/demo/logbook\.md; Ctrl-C ends it\n"
+    assert re.fullmatch(said, done.stdout), done.stdout
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = call("inbox", run, "--port", port)
+    assert refused.exit_code == 1 and f"port {port}: " in refused.stderr and "give another --port" in refused.stderr
 
 
 def test_params_tells_defaults_ranges_and_meanings() -> None:

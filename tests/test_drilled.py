@@ -99,3 +99,15 @@ def test_no_drill_at_all_is_loud(tmp_path: Path) -> None:
 
 def test_a_logbook_that_is_not_there_is_said(tmp_path: Path) -> None:
     assert "there is no `logbook.md`" in drilled.entries(tmp_path, tmp_path)
+
+
+def test_false_alarms_are_told_from_the_evidence(tmp_path: Path) -> None:
+    assert "Not measured" in drilled.false_alarms(tmp_path)
+    jobs = [{"job": "train", "steps": 100, "alarms": {"TrainLossSpike": 2}, "earned": {}}]
+    rates = {"false_alarm_rate": 20.0, "false_alarm_rate_at_most": 62.9579}
+    runs.write_json(
+        tmp_path / "evidence/51_drill_alerts.json", {"clean_jobs": jobs, "clean_steps": 100, "clean_alarms": 2} | rates
+    )
+    told = drilled.false_alarms(tmp_path).replace("\\", "")
+    assert "2 false alarms in 100 steps: 20 per 1,000 steps, with 95 % confidence at most 63" in told
+    assert "` train `" in told and "TrainLossSpike (2)" in told

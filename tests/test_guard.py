@@ -136,6 +136,30 @@ def test_a_threshold_can_be_a_parameter() -> None:
     assert fired(watch, rows(10, precision_at_k=0.04)) == [(2, "TrainLowPrecisionAtK")]
 
 
+def judged(*violations: float) -> list[int]:
+    """Evaluations, from 0, at which a violation of a protected scope fires; four rows an evaluation."""
+    watch = Guard.production(P)
+    many = [row for value in violations for row in (*rows(3), *rows(1, violations=value))]
+    found = fired(watch, many)
+    assert {name for _, name in found} <= {"TrainSafetyViolation"}
+    return [index // 4 for index, _ in found]
+
+
+def test_a_run_that_violates_at_every_evaluation_stops_when_its_grace_is_over() -> None:
+    grace = next(alert.grace for alert in load(P) if alert.name == "TrainSafetyViolation")
+    assert grace is not None
+    assert judged(*[0.1] * grace) == [] and judged(*[0.1] * 3 * grace) == [grace]
+    assert judged(*[0.1] * (grace - 1), 0.0, *[0.1] * 5) == [grace], "met once, the next violation is one too many"
+    assert judged(0.144, 0.02, 0.0, 0.0, 0.0) == judged(*[0.1] * 4) == [], "the dry run, and a short trial"
+
+
+def test_a_count_of_evaluations_goes_on_after_a_resume() -> None:
+    first, second = Guard.production(P), Guard.production(P)
+    assert fired(first, rows(8, violations=0.1)) == []
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert fired(second, rows(8, violations=0.1)) == [(2, "TrainSafetyViolation")]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -145,6 +169,8 @@ def test_a_threshold_can_be_a_parameter() -> None:
         ("severity", "fatal", "critical"),
         ("seriess", "loss", "seriess"),
         ("name", "lossSpike", "name"),
+        ("comparison", "returns_above", "needs `grace`"),
+        ("grace", 3, "no other comparison has it"),
     ],
 )
 def test_a_bad_definition_is_refused_with_its_field(tmp_path: Path, field: str, value: object, message: str) -> None:

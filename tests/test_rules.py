@@ -153,13 +153,37 @@ def test_the_guard_says_the_same_of_the_same_series(alert: Alert) -> None:
     assert [second for second, row in enumerate(rows) if watch.observe(row)] == [FAULT + alert.drill.hold - 1]
 
 
+def graceful(tmp_path: Path, rule: dict, alert: Alert) -> str:
+    """Empty when a series that never met its limit is let pass for its grace, and no longer."""
+    assert alert.grace
+    series, values = f"train_{alert.series}", f"{alert.drill.fault}x{END}"
+    return promtool(tmp_path, rule, series, values, {f"{alert.grace - 1}s": False, f"{alert.grace + 1}s": True})
+
+
+@needs_promtool
+def test_what_is_violated_from_the_start_fires_when_its_grace_is_over(tmp_path: Path) -> None:
+    (alert,) = (alert for alert in DRILLED if alert.comparison == "returns_above")
+    assert not graceful(tmp_path, ruled(alert), alert)
+    rule, changed = ruled(alert), {"shorter": alert.grace - 4, "longer": alert.grace + 4}
+    made = {name: ruled(alert.model_copy(update={"grace": grace})) for name, grace in changed.items()}
+    made["none"] = rule | {"expr": re.sub(r" or .* offset .*\)", ")", rule["expr"])}
+    assert rule["expr"] != made["none"]["expr"]
+    assert not [name for name, each in made.items() if not graceful(tmp_path, each, alert)], "a mutant passes"
+    rows = [{alert.series: alert.drill.fault}] * (alert.grace + 1)
+    watch = Guard([alert])
+    assert [at for at, row in enumerate(rows) if watch.observe(row)] == [alert.grace], "the guard says the same"
+
+
 def test_each_severity_goes_to_a_receiver_of_its_own() -> None:
     hooks = {name: f"http://127.0.0.1:9/{name}" for name in rules.RECEIVERS.values()}
     config = yaml.safe_load(rules.routes(hooks))
-    assert {route["receiver"]: route["matchers"] for route in config["route"]["routes"]} == {
+    noted, *rest = config["route"]["routes"]
+    assert noted["receiver"] == "logbook" and noted["continue"] and 'seen="outside"' in noted["matchers"]
+    assert {route["receiver"]: route["matchers"] for route in rest} == {
         name: [f'severity="{severity}"'] for severity, name in rules.RECEIVERS.items()
     }
     assert {alert.severity for alert in ALERTS} == rules.RECEIVERS.keys()
+    assert config["route"]["receiver"] == "page" and config["receivers"][-1]["name"] == "logbook"
     with pytest.raises(ValueError, match="no webhook for deadman, page"):
         rules.routes({"ticket": "http://127.0.0.1:9"})
 
@@ -169,4 +193,17 @@ def test_amtool_accepts_the_routes(tmp_path: Path) -> None:
     hooks = {name: f"http://127.0.0.1:9/{name}" for name in rules.RECEIVERS.values()}
     (tmp_path / "alertmanager.yml").write_text(rules.routes(hooks))
     done = subprocess.run(["amtool", "check-config", tmp_path / "alertmanager.yml"], capture_output=True, text=True)
-    assert done.returncode == 0 and "3 receivers" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "4 receivers" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("amtool"), reason="amtool is not installed (prometheus-alertmanager)")
+def test_what_no_guard_sees_is_noted_down_and_somebody_is_called_all_the_same(tmp_path: Path) -> None:
+    hooks = {name: f"http://127.0.0.1:9/{name}" for name in rules.RECEIVERS.values()}
+    (tmp_path / "alertmanager.yml").write_text(rules.routes(hooks))
+    for rule in yaml.safe_load(rules.render(ALERTS, 0.5, 60.0))["groups"][0]["rules"]:
+        labels = [f"{name}={value}" for name, value in rule["labels"].items()]
+        command = ["amtool", "config", "routes", "test", f"--config.file={tmp_path}/alertmanager.yml", *labels]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        noted = rule["labels"]["seen"] == "outside" and rule["alert"] != "Watchdog"
+        receiver = rules.RECEIVERS[rule["labels"]["severity"]]
+        assert [*told[0].split(",")] == ["logbook", receiver][not noted :], rule["alert"]

@@ -46,6 +46,14 @@ def test_a_page_states_its_series_and_severity(alert) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
+def test_a_page_asks_to_fill_in_an_entry_only_where_its_alert_leaves_one(name: str) -> None:
+    record = PAGES[name].partition("## Record")[2]
+    leaves = name not in PROCEDURES | {"Watchdog"}
+    assert ("Fill in the entry that the alert left in `outbox/<run>/logbook.md`" in record) == leaves
+    assert leaves or "Add an entry to `outbox/<run>/logbook.md`" in record
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_commands_parameters_and_files_exist(name: str) -> None:
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", PAGES[name], flags=re.DOTALL))

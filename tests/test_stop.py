@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,9 +17,12 @@ from test_training import Job, compared, history, profile, run, weights
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from stackpkg import runs
+from stackpkg.params import validate
 from stackpkg.runs import RunFolder, read_json, write_json
+from stackpkg.telemetry.guard import Guard
 from stackpkg.training import launch, stop
 from stackpkg.training.recovery import StopFile
+from stackpkg.training.trainer import StackTrainer
 
 lab = test_training.lab  # the same tiny run
 STEPS = 4
@@ -32,6 +36,17 @@ def test_the_record_keeps_the_reason_and_the_file_goes(tmp_path: Path) -> None:
     assert stop.stopped(tmp_path) == {"step": 7, "reason": "the room is on fire"}
     (tmp_path / stop.FILE).touch()  # as a person in a hurry does
     assert stop.record(tmp_path, 8) == "no reason given"
+
+
+def test_a_violation_stops_the_job_also_when_it_was_launched_again(tmp_path: Path) -> None:
+    watch = Guard.production(validate({}))
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), guard=watch)
+    watch.observe({"violations": 0.0})
+    for _ in range(2):
+        alerts = watch.observe({"violations": 0.1})
+        StackTrainer._act(trainer, alerts)
+        assert (tmp_path / stop.FILE).read_text().startswith("TrainSafetyViolation: ")
+        (tmp_path / stop.FILE).unlink()
 
 
 def ask_after(step: int, home: Path, rows: Path) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from stackpkg import runs
 from stackpkg.params import Params, Section
@@ -33,12 +33,20 @@ class Alert(Section):
     ]  # fmt: skip
     threshold: float | str
     hold: int = Field(ge=1)
+    grace: int | None = Field(None, ge=1)
     per: Literal["step", "evaluation", "second"] = "step"
     seen: Literal["job", "outside"] = "job"
     drill: Drill
     severity: Literal["critical", "warning", "info"]
     action: Literal["log", "skip", "roll_back", "retrieval_off", "snapshot", "stop"]
     summary: str
+
+    @model_validator(mode="after")
+    def _grace_is_given(self) -> "Alert":
+        if (self.grace is None) == (self.comparison == "returns_above"):
+            why = "the measurements in which its limit must be met once; no other comparison has it"
+            raise ValueError(f"{self.name}: `returns_above` needs `grace`, {why}")
+        return self
 
     @property
     def falls(self) -> bool:
@@ -91,11 +99,11 @@ class Guard:
             window, limit = self._windows[alert.name], float(alert.threshold)
             found = score(alert, value, window)
             over = found < limit if alert.falls else found > limit
-            beyond = over and (alert.comparison != "returns_above" or bool(window))
-            self._held[alert.name] = (self._held[alert.name] + 1) * beyond
+            self._held[alert.name] = (self._held[alert.name] + 1) * over
             if not over and not row.get("update_skipped"):
                 window.append(value)
-            if self._held[alert.name] == alert.hold:
+            grace = 0 if window else alert.grace or 0  # of a limit that was never met
+            if self._held[alert.name] == grace + alert.hold:
                 told = alert.model_dump(include={"series", "threshold", "hold", "severity", "action", "summary"})
                 fired.append({"alert": alert.name, "value": value, "runbook": f"runbooks/{alert.name}.md", **told})
         return fired

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,8 +19,9 @@ from urllib.request import urlopen
 import yaml
 
 from stackpkg.runs import write_text
-from stackpkg.telemetry import rules
+from stackpkg.telemetry import logbook, rules
 from stackpkg.telemetry.privacy import clean
+from stackpkg.training import snapshots
 
 HOST = "127.0.0.1"
 PROGRAMS = {"prometheus": ("prometheus",), "alertmanager": ("prometheus-alertmanager", "alertmanager")}
@@ -44,34 +45,42 @@ def free_port() -> int:
 
 
 class Inbox:
-    """Receives Alertmanager's webhooks. `letters`: receiver, alert, status, severity, run, job, runbook, `received` in
-    unix seconds; one for each alert, in the order in which they came.
+    """Receives Alertmanager's webhooks. `letters`: receiver, alert, status, severity, action, run, job, runbook,
+    `since` when it fires, `received` in unix seconds; one for each alert, in the order in which they came. Each letter
+    is given to `heard`, one after the other, before Alertmanager is answered: what raises there is sent again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0, heard: Callable[[dict[str, Any]], object] = lambda letter: None) -> None:
         self.letters: list[dict[str, Any]] = []
-        inbox = self
+        inbox, turn = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                if self.headers["Content-Type"] != "application/json":  # a page in a browser may not send that
+                    self.send_error(415, "application/json is taken, as Alertmanager sends it")
+                    return
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                for alert in body["alerts"]:
-                    labels, notes = alert["labels"], alert["annotations"]
-                    inbox.letters.append(clean({
-                        "receiver": self.path.strip("/"), "alert": labels["alertname"], "status": alert["status"],
-                        "severity": labels["severity"], "run": labels.get("run", ""), "job": labels.get("job", ""),
-                        "runbook": notes["runbook_url"], "summary": notes["summary"], "received": time.time(),
-                    }))  # fmt: skip
+                with turn:
+                    for alert in body["alerts"]:
+                        labels, notes = alert["labels"], alert["annotations"]
+                        letter = clean({
+                            "receiver": self.path.strip("/"), "alert": labels["alertname"], "status": alert["status"],
+                            "severity": labels["severity"], "action": labels["action"], "run": labels.get("run", ""),
+                            "job": labels.get("job", ""), "runbook": notes["runbook_url"], "summary": notes["summary"],
+                            "received": time.time(),
+                        })  # fmt: skip
+                        letter["since"] = alert["startsAt"]
+                        heard(letter)
+                        inbox.letters.append(letter)
                 self.send_response(204)
                 self.end_headers()
 
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer((HOST, 0), Handler)
-        self.hooks = {
-            name: f"http://{HOST}:{self.server.server_port}/{name}" for name in sorted({*rules.RECEIVERS.values()})
-        }
+        self.server = ThreadingHTTPServer((HOST, port), Handler)
+        self.at = f"http://{HOST}:{self.server.server_port}"
+        self.hooks = {name: f"{self.at}/{name}" for name in sorted({*rules.RECEIVERS.values()})}
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def first(self, alert: str, since: float = 0.0, job: str = "") -> dict[str, Any] | None:
@@ -99,11 +108,23 @@ class Inbox:
         self.server.server_close()
 
 
+def clerk(run: Path, port: int = 0) -> Inbox:
+    """An inbox that writes what it gets about jobs of the run in the folder `run` into that run's logbook."""
+
+    def note(letter: dict[str, Any]) -> None:
+        if letter["run"] == run.name:
+            good = [path.name for path in snapshots.listed(run / "checkpoints" / letter["job"]).values()]
+            logbook.received(run, letter, good[-1] if good else "")
+
+    return Inbox(port, note)
+
+
 @contextmanager
-def servers(place: Path, rules_text: str, targets: Path, hooks: dict[str, str]) -> Iterator[str]:
+def servers(place: Path, rules_text: str, targets: Path, hooks: dict[str, str], clerk: str) -> Iterator[str]:
     """Both servers with their files in the folder `place`, which is emptied, scraping once a second what the JSON files
-    in `targets` name, and telling `hooks`. Gives Prometheus' address; both are ended at the end. Raises `RuntimeError`
-    with the end of its log where one does not begin, `ValueError` where one is not installed.
+    in `targets` name, and telling `hooks`, and `clerk` what is for the logbook. Gives Prometheus' address; both are
+    ended at the end. Raises `RuntimeError` with the end of its log where one does not begin, `ValueError` where one is
+    not installed.
     """
     if absent := missing():
         raise ValueError(f"{', '.join(absent)} is not installed; on Debian: prometheus, prometheus-alertmanager")
@@ -112,7 +133,7 @@ def servers(place: Path, rules_text: str, targets: Path, hooks: dict[str, str]) 
     ports = {name: free_port() for name in PROGRAMS}
     at = {name: f"http://{HOST}:{port}" for name, port in ports.items()}
     write_text(place / "rules.yml", rules_text)
-    write_text(place / "alertmanager.yml", rules.routes(hooks, wait="1s"))
+    write_text(place / "alertmanager.yml", rules.routes(hooks, wait="1s", logbook=clerk))
     scrape = {
         "job_name": "stackpkg", "honor_labels": True,
         "file_sd_configs": [{"files": [f"{targets}/*.json"], "refresh_interval": "1s"}],

@@ -30,8 +30,22 @@ def fired(run: Path, job: str, step: int, attempt: int, alerts: Iterable[dict[st
     """A stub for each alert of a step: what was seen, the last good checkpoint, and what a person fills in."""
     for alert in alerts:
         seen = f"Seen: {alert['series']} {alert['value']:.6g}, limit {alert['threshold']}, held {alert['hold']}"
-        add(run, f"{alert['alert']} ({alert['severity']})", [
-            f"{seen}, in step {step} of {job}, attempt {attempt}: {alert['summary']}.",
-            f"Last checkpoint before it: {good or 'none'}. Action: {alert['action']}. Page: {alert['runbook']}.\n",
-            *(f"- {line}:" for line in OPEN),
-        ])  # fmt: skip
+        _stub(run, alert, f"{seen}, in step {step} of {job}, attempt {attempt}: {alert['summary']}.", good)
+
+
+def received(run: Path, letter: dict[str, Any], good: str) -> None:
+    """The stub of an alert that Prometheus fired, after Alertmanager's letter: one for each time that it fires, however
+    often it is told, and by whichever process."""
+    seen = f"Seen from outside: {letter['alert']} of {letter['job']}, firing since {letter['since']}:"
+    known = (run / FILE).read_text(encoding="utf-8") if (run / FILE).exists() else ""
+    if letter["status"] == "firing" and seen not in known:
+        page = letter["runbook"].replace(".html", ".md")
+        _stub(run, letter | {"runbook": page}, f"{seen} {letter['summary']}.", good)
+
+
+def _stub(run: Path, alert: dict[str, Any], seen: str, good: str) -> None:
+    add(run, f"{alert['alert']} ({alert['severity']})", [
+        seen,
+        f"Last checkpoint before it: {good or 'none'}. Action: {alert['action']}. Page: {alert['runbook']}.\n",
+        *(f"- {line}:" for line in OPEN),
+    ])  # fmt: skip

@@ -38,7 +38,10 @@ class Rehearsal:
         self.ranks = [RowWriter(place / "telemetry" / JOB, place.name, 1, rank, 2) for rank in (0, 1)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-m", exporter.__name__, str(place), JOB]
+        exporter.target(place, JOB).unlink(missing_ok=True)
         self.exported = subprocess.Popen(command, env=environment)
+        while not exporter.target(place, JOB).exists() and self.exported.poll() is None:
+            time.sleep(0.1)  # what is calm must be seen to be
 
     def rows(
         self, seconds: float, fault: dict[str, Any] | None = None, apart: bool = False, saves: bool = True

@@ -225,6 +225,7 @@ class StackTrainer(Reporting):
                 stop.ask_save(home)
             if alert["action"] == "stop":
                 stop.request(home, f"{alert['alert']}: {alert['summary']}")
+                self.guard.forget(alert["alert"])  # whoever launches the job again is told of the next one too
 
     # ---- evaluation, each epoch
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
