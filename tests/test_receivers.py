@@ -5,7 +5,8 @@
 
 import json
 import sqlite3
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,31 @@ def trackio(place: Path) -> list[tuple[int, float]]:
     return found
 
 
+def records(data: bytes) -> Iterator[bytes]:
+    """What W&B's file holds: LevelDB's log format, behind a header of seven bytes. Blocks of 32 KiB; each part has a
+    checksum, its length and whether it is the whole (1) or the first, a middle or the last (2, 3, 4) of a record."""
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if (left := 32_768 - at % 32_768) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
 def wandb(place: Path) -> list[tuple[int, float]]:
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     found = []
-    for path in place.rglob("*.wandb"):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = Record()
-            record.ParseFromString(data)
-            row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            if "train/loss" in row:
-                found.append((int(row["train/global_step"]), float(row["train/loss"])))
+    for data in (data for path in place.rglob("*.wandb") for data in records(path.read_bytes())):
+        record = Record()
+        record.ParseFromString(data)
+        row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        if "train/loss" in row:
+            found.append((int(row["train/global_step"]), float(row["train/loss"])))
     return found
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from stackpkg.params import Params
 
+ENDS = {"mlflow": "end_run", "trackio": "finish", "wandb": "finish"}
 LOCAL = {"WANDB_MODE": "offline", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
@@ -33,3 +35,11 @@ def settle(p: Params, run: Path, job: str) -> None:
     place.mkdir(parents=True, exist_ok=True)
     for name, value in (LOCAL | homes).items():
         os.environ.setdefault(name, value)
+
+
+def close(p: Params) -> None:
+    """On the rank that sends: each receiver keeps what it still holds. A rank leaves by `os._exit`, without the end of
+    Python at which W&B (0.31) would write its file.
+    """
+    for name in ENDS.keys() & {*p.telemetry.report_to}:
+        getattr(import_module(name), ENDS[name])()

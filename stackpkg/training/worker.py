@@ -56,6 +56,8 @@ def run(job_file: Path) -> None:
         if rung in (0, len(recovery.RUNGS)):
             break  # "stop": without a report, and without an error, for torch elastic would only try the same again
         gc.collect()  # the model of that attempt
+    if dist.get_rank() == 0:
+        receivers.close(p)
     layout.leave()
 
 
