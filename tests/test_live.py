@@ -96,8 +96,9 @@ def posted(inbox: live.Inbox, since: str, kind: str = "application/json", **chan
 
 def test_a_letter_leaves_one_stub_a_firing_in_the_logbook_of_its_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for step in (4, 8, 12):
-        (run / f"checkpoints/train/checkpoint-{step}").mkdir(parents=True)
+    for name in ("checkpoint-4", "checkpoint-12", "checkpoint-16.aside-now"):
+        write_json(run / f"checkpoints/train/{name}/complete.json", {})
+    (run / "checkpoints/train/checkpoint-20").mkdir()  # not whole
     first, later = "2026-11-29T12:00:00.123456789Z", "2026-11-29T15:00:00.5Z"
     for since in (first, first):  # told again, also by an inbox that began anew
         clerk = live.clerk(run)

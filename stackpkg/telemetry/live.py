@@ -21,7 +21,6 @@ import yaml
 from stackpkg.runs import write_text
 from stackpkg.telemetry import logbook, rules
 from stackpkg.telemetry.privacy import clean
-from stackpkg.training import snapshots
 
 HOST = "127.0.0.1"
 PROGRAMS = {"prometheus": ("prometheus",), "alertmanager": ("prometheus-alertmanager", "alertmanager")}
@@ -113,8 +112,9 @@ def clerk(run: Path, port: int = 0) -> Inbox:
 
     def note(letter: dict[str, Any]) -> None:
         if letter["run"] == run.name:
-            good = [path.name for path in snapshots.listed(run / "checkpoints" / letter["job"]).values()]
-            logbook.received(run, letter, good[-1] if good else "")
+            whole = (run / "checkpoints" / letter["job"]).glob("checkpoint-*/complete.json")
+            steps = [int(step) for path in whole if (step := path.parent.name.partition("-")[2]).isdigit()]
+            logbook.received(run, letter, f"checkpoint-{max(steps)}" if steps else "")
 
     return Inbox(port, note)
 
