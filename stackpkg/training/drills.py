@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import threading
@@ -272,7 +273,8 @@ def every(names: Iterable[str] = ()) -> list[dict[str, Any]]:
     for name, drill in chosen.items():
         row, clean = found[name], found[f"clean_{drill.processes}"]
         row["same"] = row.pop("weights_sha256") == clean["weights_sha256"]
-        row["loss_difference"] = row.pop("loss") - clean["loss"]
+        last = row.pop("loss") if row["steps"] == STEPS else math.nan  # a job that ended before has no loss to compare
+        row["loss_difference"] = last - clean["loss"]
         made.append({"drill": name, **row})
     return made
 
