@@ -49,7 +49,7 @@ from stackpkg import params, runs
 from stackpkg.data.stream import Stream
 from stackpkg.params import Params
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training import mesh, parity, recovery, saving, trainer
+from stackpkg.training import measuring, mesh, parity, recovery, saving
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.trainer import StackTrainer
 
@@ -233,7 +233,7 @@ def parts(lab: Lab) -> dict[str, float]:
 
     made: Any = lab.make(STACK, FEW)
     undo = [
-        timed("probe of attention", trainer, "model_statistics"),
+        timed("probe of attention", measuring, "model_statistics"),
         timed("snapshot: stock and hand-over", saving.Saver, "begin"),
         timed("snapshot: wait for the copy", saving.Saver, "staged"),
         timed("snapshot: wait for the end", saving.Saver, "wait"),

@@ -66,6 +66,15 @@ class Writer(dcp.FileSystemWriter):
             print(f"[{home.name}] older snapshots stay: {type(error).__name__}: {error}", flush=True)
 
 
+class Stager(DefaultStager):
+    """Lets go of the tensors of the last copy before the thread of the next one runs. By itself it does so beside it,
+    and the training waits for the interpreter until the copy is done (torch 2.13; 714 MiB: 0.2 s, not 0.03 s)."""
+
+    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> Any:
+        self._staging_future = None
+        return super().stage(state_dict, **kwargs)
+
+
 class Saver:
     """At most one save is under way. `about` is what the manifest of every snapshot of this attempt says."""
 
@@ -76,7 +85,7 @@ class Saver:
         cuda = torch.cuda.is_available()
         # in memory that is kept from save to save, copied to by a thread
         how = {"use_pinned_memory": cuda, "use_shared_memory": False, "use_non_blocking_copy": cuda}
-        self.stager = DefaultStager(StagingOptions(use_async_staging=True, **how))
+        self.stager = Stager(StagingOptions(use_async_staging=True, **how))
         self._step, self._under_way, self.waiting = 0, list[AsyncSaveResponse](), False
 
     def begin(self, step: int, tensors: dict[str, Any], loss: float | None) -> None:
