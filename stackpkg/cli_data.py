@@ -70,13 +70,14 @@ def trace(
 
 def _traced(told: dict[str, Any]) -> list[str]:
     """What `trace` found, for a reader."""
-    lines = [f"document {'  '.join(each.values())}" for each in told.get("documents", ())]
+    lines, none = [f"document {'  '.join(each.values())}" for each in told.get("documents", ())], "none"
     if "damaged_blocks" in told:
         exact = f"; damaged tokens: {told['damaged_tokens']}" * bool(told["damaged_tokens"])
         blocks = ", ".join(map(str, told["damaged_blocks"]))
         lines.append(f"damaged blocks: {blocks}{exact}" if blocks else "no damaged copy; the whole shard")
+        none = "no step has read what is damaged; nothing to roll back" if blocks else "no step has read it"
     reads = ("  ".join(f"{name} {value}" for name, value in row.items()) for row in told["reads"])
-    lines += [*reads] or ["none"]
+    lines += [*reads] or [none]
     if "snapshots" in told:
         lines.append(f"snapshots with it: {', '.join(told['snapshots']) or 'none'}")
         lines.append(f"newest checkpoint without it: {told['newest_without'] or 'none'}")
