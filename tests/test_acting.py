@@ -1,17 +1,15 @@
-"""What an alert does to a real job: a snapshot, a stop, retrieval off until a calibration reaches its target."""
+"""What an alert does to a real job: a snapshot, retrieval off until a calibration reaches its target. What stops one is
+in `test_stop`."""
 
 import json
 from typing import Any
 
-import pytest
 import test_training
-from test_training import Job, history, laden, profile, run
+from test_training import Job, history, profile, run
 
 from stackpkg import params
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json
-from stackpkg.training import launch
-from stackpkg.training.stop import Stopped
 
 lab = test_training.lab  # the same tiny run
 
@@ -57,19 +55,3 @@ def test_retrieval_comes_back_when_a_calibration_reaches_the_target(lab: RunFold
     kept = [read_json(home / f"checkpoint-{step}/retriever.json") for step in (4, 6)]
     assert [each["on"] for each in kept] == [True, False]
     assert kept[0]["sigma_min"] == tried[3]["sigma_min"]
-
-
-def test_a_scope_that_is_violated_again_stops_the_job_with_a_snapshot(lab: RunFolder) -> None:
-    """The limit lies where an undisturbed job first goes from fewer violations to more."""
-    once = {"epoch_steps": 1}
-    run(lab, free=Job(longer(laden(1), 5, training=once, evaluation={"max_violations": 1.0}), steps=5))
-    seen = history(lab, "free").violations
-    held = next(step for step in range(1, 4) if seen[step] < seen[step + 1])
-    p = longer(laden(1), 5, training=once, evaluation={"max_violations": float(seen[held])})
-    after = rf"bound stopped after step {held + 2}: TrainSafetyViolation: .*violated again"
-    with pytest.raises(Stopped, match=after):
-        launch.launch("bound", p, lab, steps=5, quiet=True)
-    assert acted(lab, "bound", "stop") == [(held + 1, "TrainSafetyViolation")]
-    home = lab.path / "checkpoints/bound"
-    assert read_json(home / f"checkpoint-{held + 2}/complete.json")["step"] == held + 2
-    assert not (home / "stop").exists() and "TrainSafetyViolation (critical)" in (lab.path / "logbook.md").read_text()

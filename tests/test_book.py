@@ -170,6 +170,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("repository")
     hidden = shutil.ignore_patterns("_build", "runbooks", "__pycache__")
     shutil.copytree(REPOSITORY / "book", place / "book", ignore=hidden)
+    shutil.copytree(REPOSITORY / "benchmarks/results", place / "benchmarks/results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "root", lambda: place)
         yield place

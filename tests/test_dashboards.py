@@ -71,7 +71,7 @@ def test_every_panel_finds_data_on_a_prometheus_that_follows_the_job(tmp_path: P
     child = subprocess.Popen([sys.executable, "-m", exporter.__name__, str(run), "train"])
     text = rules.render(guard.load(P), 1.0, 10.0)
     try:
-        with live.servers(tmp_path / "servers", text, tmp_path / "outbox/.targets", inbox.hooks) as address:
+        with live.servers(tmp_path / "servers", text, tmp_path / "outbox/.targets", inbox.hooks, inbox.at) as address:
             writer.write(1, **ROW)
             writer.flush()
             end = time.monotonic() + 40
