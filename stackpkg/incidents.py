@@ -37,7 +37,7 @@ def job(path: Folder, job: Job = "train", as_json: AsJson = False) -> None:
     try:
         told["runs"] = running.runs(home)
     except (ValueError, RuntimeError) as error:  # its scheduler can't be asked from here
-        told["runs"] = f"not known: {error}"
+        told["runs"] = f"whether it runs is not known: {error}"
     told["attempts"], told["ladder"] = attempts.read(home), recovery.history(home)
     told["checkpoints"] = {each.name: snapshots.problems(each) for each in snapshots.listed(home).values()}
     alerts = folder.with_name(f"{job}.alerts.jsonl")
