@@ -13,7 +13,7 @@ LISTED = ("trainer", "snapshots", "telemetry", "stream", "series", "recovery")  
 
 
 class Goal(NamedTuple):
-    """A limit for a metric of a file; `system` is what the row's system ends with, "" for each that has the metric."""
+    """A limit for a metric of a file; `system` is a part of the row's system, "" for each that has the metric."""
 
     what: str
     file: str

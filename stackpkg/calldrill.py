@@ -12,7 +12,7 @@ from stackpkg import params, runs
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder
 from stackpkg.telemetry import guard, live, rows, rules
-from stackpkg.training import drills, launch, parity, stop
+from stackpkg.training import drills, parity, stop
 
 JOB = "job"
 NAN, HANG = 5, 9  # steps, from 1
@@ -24,15 +24,6 @@ def profile() -> Params:
     """The job of the fault drills on two processes, with an exporter; rows come to the disk with each checkpoint."""
     p = drills.profile(drills.Drill("", (), layout={"restarts": 0, "hang_minutes": 2.0}), 2)
     return params.validate(p.model_dump(mode="json") | {"telemetry": {"export": True, "budget": 1.0}})
-
-
-def _launch(folder: RunFolder, p: Params) -> str:
-    """Why the job did not end well, as it must not."""
-    try:
-        launch.launch(JOB, p, folder, steps=drills.STEPS, faults=FAULTS, quiet=True)
-    except (RuntimeError, ValueError) as error:
-        return str(error).splitlines()[0]
-    return ""
 
 
 def drill(run: str, seconds: float = 90.0) -> dict[str, Any]:
@@ -50,13 +41,13 @@ def drill(run: str, seconds: float = 90.0) -> dict[str, Any]:
     try:
         parity.prepare(folder.path, p)
         with ThreadPoolExecutor(1) as pool, closing(live.Inbox()) as inbox, closing(live.clerk(folder.path)) as clerk:
-            job = pool.submit(_launch, folder, p)
+            job = pool.submit(drills.attempt, folder, p, FAULTS)
             while not (told.exists() and told.stat().st_size) and not job.done():
                 time.sleep(0.1)
             with live.servers(place / "servers", text, place / ".targets", inbox.hooks, clerk.at):
                 missed = inbox.wait([*CALLS], 0, seconds, JOB)
                 stop.kill(home, "the drill is over")
-                said = job.result()
+                said = job.result().partition("\n")[0]
         table = rows.read(told.parent)
         ended = table.groupby("step").time.max()
         letters = [letter for name in CALLS if (letter := inbox.first(name, job=JOB))]

@@ -61,10 +61,7 @@ def trace(
     if step is None and reads:
         from stackpkg.training import snapshots
 
-        home, first = folder.path / "checkpoints" / job, int(str(reads[0]["step"]))
-        before = snapshots.before(home, first)
-        told["snapshots"] = snapshots.touched(home, first)
-        told["newest_without"] = f"checkpoint-{before}" if before else ""
+        told |= snapshots.reach(folder.path / "checkpoints" / job, int(str(reads[0]["step"])))
     typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(_traced(told)))
 
 

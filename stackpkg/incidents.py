@@ -40,9 +40,7 @@ def job(path: Folder, job: Job = "train", as_json: AsJson = False) -> None:
         told["runs"] = f"whether it runs is not known: {error}"
     told["attempts"], told["ladder"] = attempts.read(home), recovery.history(home)
     told["checkpoints"] = {each.name: snapshots.problems(each) for each in snapshots.listed(home).values()}
-    alerts = folder.with_name(f"{job}.alerts.jsonl")
-    lines = alerts.read_text(encoding="utf-8").splitlines() if alerts.exists() else []
-    told["alerts"] = [json.loads(line) for line in lines]
+    told["alerts"] = [*runs.read_lines(folder.with_name(f"{job}.alerts.jsonl"))]
     typer.echo(runs.as_json(told) if as_json else "\n".join(_standing(told)))
 
 

@@ -95,6 +95,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_lines(path: Path) -> Iterator[Any]:
+    """The value of each line of a file of JSON lines, none where there is no file; a line torn by a crash is passed."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
 def strict(value: Any) -> Any:
     """A value that strict JSON can hold: what is not finite as the string "NaN", "Infinity" or "-Infinity"."""
     if isinstance(value, float) and not math.isfinite(value):

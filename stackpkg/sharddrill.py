@@ -16,7 +16,7 @@ from stackpkg.governance import seal
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder
 from stackpkg.telemetry import exporter, rows
-from stackpkg.training import attempts, drills, faults, launch, parity, snapshots
+from stackpkg.training import attempts, drills, faults, parity, snapshots
 from stackpkg.training.loader import RankBatches
 
 JOB, EVERY = "job", 4
@@ -54,15 +54,6 @@ def victim(stream: Stream) -> tuple[str, int]:
     return f"data/shards/{corpus.names[shard]}.bin", at * manifest.BLOCK // size
 
 
-def _launch(folder: RunFolder, p: Params, flip: dict[str, Any]) -> str:
-    """Why it did not end well, if it did not."""
-    try:
-        launch.launch(JOB, p, folder, steps=drills.STEPS, faults=[flip], quiet=True)
-    except (RuntimeError, ValueError) as error:
-        return str(error).splitlines()[0]
-    return ""
-
-
 def damage(folder: RunFolder, p: Params) -> dict[str, Any]:
     """Make a corpus of the package's own text in `folder`, train on it, and flip a byte under the job.
 
@@ -72,7 +63,7 @@ def damage(folder: RunFolder, p: Params) -> dict[str, Any]:
     parity.prepare(folder.path, p)
     file, offset = victim(Stream(folder.path / "data", p))
     flip = {"kind": "flip_byte", "step": FLIPS, "rank": 0, "attempt": 1, "file": file, "offset": offset}
-    said, path = _launch(folder, p, flip), folder.path / file
+    said, path = drills.attempt(folder, p, [flip]).partition("\n")[0], folder.path / file
     found = {"shard": path.stem, "block": offset // manifest.BLOCK, "flip": flip, "said": runs.portable(said)}
     found["detect_seconds"] = round(time.time() - path.stat().st_mtime, 1)
     follower = exporter.Job(folder.path, JOB)
@@ -93,7 +84,7 @@ def recover(folder: RunFolder, p: Params, found: dict[str, Any], skip: bool = Fa
     first, blocks, tokens = Ledger(folder.path, JOB).damage(name)
     assert first is not None, "the byte lies in a text that the job reads"
     good, aside = snapshots.roll_back(home, snapshots.before(home, first))
-    said, begun = _launch(folder, p, found["flip"]), attempts.read(home)
+    said, begun = drills.attempt(folder, p, [found["flip"]]).partition("\n")[0], attempts.read(home)
     table = rows.read(folder.path / "telemetry" / JOB)
     mine = table[table["rank"] == 0].set_index(["attempt", "step"]).sort_index()
     old, new = mine.loc[1], mine.loc[2]

@@ -40,11 +40,7 @@ def _job(run: Path, name: str, ids: set[str]) -> dict[str, Any]:
         return {"unknown": str(error)}
     steps = sorted({row["step"] for row in read})
     told: dict[str, Any] = {"steps": steps, "uses": dict(Counter(row["use"] for row in read)), "snapshots": []}
-    if steps:
-        before = snapshots.before(home, steps[0])
-        told["snapshots"] = snapshots.touched(home, steps[0])
-        told["newest_without"] = f"checkpoint-{before}" if before else ""
-    return told
+    return told | (snapshots.reach(home, steps[0]) if steps else {})
 
 
 def holders(run: Path, document: str) -> dict[str, Any]:

@@ -75,13 +75,14 @@ def load(p: Params, path: Path | None = None) -> list[KPI]:
     found = TypeAdapter(list[KPI]).validate_python(values)  # pydantic's error is a ValueError
     if twice := {kpi.name for kpi in found if sum(kpi.name == other.name for other in found) > 1}:
         raise ValueError(f"defined twice: {', '.join(sorted(twice))}; give each indicator a name of its own")
-    return [kpi.model_copy(update={"target": _target(kpi, p)}) for kpi in found]
+    named = p.model_dump() | {alert.name: alert.threshold for alert in guard.load(p)}
+    return [kpi.model_copy(update={"target": _target(kpi, named)}) for kpi in found]
 
 
-def _target(kpi: KPI, p: Params) -> float:
+def _target(kpi: KPI, named: dict[str, Any]) -> float:
     here: Any = kpi.target
     if isinstance(here, str):
-        here = p.model_dump() | {alert.name: alert.threshold for alert in guard.load(p)}
+        here = named
         for part in str(kpi.target).split("."):  # of a band, 0 is the lower end and 1 the upper
             try:
                 here = here[int(part)] if part.isdigit() else here[part]

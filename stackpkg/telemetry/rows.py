@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from stackpkg.runs import replacing
+from stackpkg.runs import read_lines, replacing
 from stackpkg.telemetry.privacy import clean, known
 
 KEY = ["run", "attempt", "rank", "step"]
@@ -90,13 +90,7 @@ def copied(held: list[tuple[dict[str, Any], Mapping[str, Tensor]]]) -> list[dict
 
 def read(folder: Path) -> pd.DataFrame:
     """All rows of all ranks and attempts below `folder`, in key order; a line torn by a crash is left out."""
-    rows = []
-    for path in sorted(folder.glob("rank-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+    rows = [row for path in sorted(folder.glob("rank-*.jsonl")) for row in read_lines(path)]
     if not rows:
         raise FileNotFoundError(f"no telemetry rows in {folder.name}/: the launch that writes them did not run")
     return pd.DataFrame(rows).sort_values(KEY, ignore_index=True)

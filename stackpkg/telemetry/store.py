@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stackpkg.data import manifest
-from stackpkg.runs import read_json
+from stackpkg.runs import read_json, read_lines
 from stackpkg.telemetry import privacy, rows
 
 # table -> what it holds; a run has those that its files can fill
@@ -31,14 +30,6 @@ EVENT = pa.schema([("kind", pa.string()), ("happened", pa.string()), ("step", pa
                    ("said", pa.string())])  # fmt: skip
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:  # torn by a crash
-            continue
-
-
 def events(run: Path, job: str) -> list[dict[str, Any]]:
     """Attempts, rungs of the ladder, decisions about the data, alerts, thinned probes and checkpoints, by step. Steps
     are those of the rows, from 1; a decision holds from the one after its step."""
@@ -49,10 +40,10 @@ def events(run: Path, job: str) -> list[dict[str, Any]]:
         step = int(came.rpartition("-")[2]) if came else 0
         found.append({key: value for key, value in attempt.items() if key != "record"}
                      | {"kind": "attempt", "attempt": number, "step": step})  # fmt: skip
-    found += [{"kind": "rung", "step": rung["last"]} | rung for rung in _lines(home / "ladder.jsonl")]
-    found += [each | {"kind": "decision", "what": each["kind"]} for each in _lines(home / "decisions.jsonl")]
-    found += [{"kind": "alert"} | each for each in _lines(run / f"telemetry/{job}.alerts.jsonl")]
-    found += [{"kind": each.pop("event")} | each for each in _lines(run / f"telemetry/{job}.events.jsonl")]
+    found += [{"kind": "rung", "step": rung["last"]} | rung for rung in read_lines(home / "ladder.jsonl")]
+    found += [each | {"kind": "decision", "what": each["kind"]} for each in read_lines(home / "decisions.jsonl")]
+    found += [{"kind": "alert"} | each for each in read_lines(run / f"telemetry/{job}.alerts.jsonl")]
+    found += [{"kind": each.pop("event")} | each for each in read_lines(run / f"telemetry/{job}.events.jsonl")]
     for path in home.glob("checkpoint-*/complete.json"):
         at = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
         found.append({"kind": "checkpoint", "step": int(path.parent.name.rpartition("-")[2]), "happened": at})

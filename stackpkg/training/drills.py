@@ -183,6 +183,15 @@ def profile(drill: Drill, processes: int) -> Params:
     return params.validate(values)
 
 
+def attempt(folder: RunFolder, p: Params, faults: list[dict[str, Any]]) -> str:
+    """Launch the job `job` of a drill; why that did not end well, if it did not."""
+    try:
+        launch.launch("job", p, folder, steps=STEPS, faults=faults, quiet=True)
+    except (RuntimeError, ValueError) as error:  # `Stopped` is one
+        return str(error)
+    return ""
+
+
 def perform(name: str, drill: Drill, data: Path) -> dict[str, Any]:
     """Do it in a run of its own, `outbox/.drills-<name>`; what was seen."""
     folder = RunFolder(f".drills-{name}")
@@ -193,13 +202,7 @@ def perform(name: str, drill: Drill, data: Path) -> dict[str, Any]:
         faults = list(at(6, "kill", **ONCE))
 
     def go(processes: int) -> str:
-        """Why the launch did not end well, if it did not."""
-        p = profile(drill, processes)
-        try:
-            launch.launch("job", p, folder, steps=STEPS, faults=faults, quiet=True)
-        except (RuntimeError, ValueError) as error:  # `Stopped` is one
-            return str(error)
-        return ""
+        return attempt(folder, profile(drill, processes), faults)
 
     if drill.during:
         threading.Thread(target=_when_it_runs, args=(drill.during, folder, home), daemon=True).start()

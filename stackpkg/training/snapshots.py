@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from stackpkg.params import Snapshots
 from stackpkg.runs import digest, files_below, now, read_json, write_json
@@ -137,6 +138,12 @@ def touched(home: Path, step: int) -> list[str]:
     found = [path.name for at, path in listed(home).items() if at > step]
     found += [f"version {version}" for at, given in promoted(home).items() if at > step for version in given]
     return found + [name for name in ("final", "final_ema") if (home / name).exists()]
+
+
+def reach(home: Path, step: int) -> dict[str, Any]:
+    """What of a job holds the learning of optimiser step `step` (from 0), and the newest checkpoint that does not."""
+    last = before(home, step)
+    return {"snapshots": touched(home, step), "newest_without": f"checkpoint-{last}" if last else ""}
 
 
 def carry(name: str, source: Path, target: Path) -> Path:
