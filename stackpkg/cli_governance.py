@@ -78,7 +78,7 @@ def met(
 def archive(path: Folder) -> None:
     """Pack a sealed run into outbox/RUN.tar.zst for cold storage; the same run gives the same bytes."""
     from stackpkg.governance import cold
-    from stackpkg.pipeline import exclusive
+    from stackpkg.locks import exclusive
 
     folder = folder_at(path)
     try:

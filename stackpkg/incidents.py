@@ -105,7 +105,7 @@ def halt(
 
 def _await(home: Path) -> None:
     """Until nothing of the job runs and, when it stopped, its pipeline has ended too."""
-    from stackpkg import pipeline
+    from stackpkg import locks
     from stackpkg.training import running
     from stackpkg.training import stop as stopping
 
@@ -117,7 +117,7 @@ def _await(home: Path) -> None:
     end = stopping.stopped(home)
     while end:
         try:
-            with pipeline.exclusive(home.parents[1].name):
+            with locks.exclusive(home.parents[1].name):
                 break
         except BlockingIOError:  # it keeps the executed copy
             time.sleep(1)

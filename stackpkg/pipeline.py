@@ -7,15 +7,13 @@ uses are what they were when it last ended well. Prose, timestamps and papermill
 from __future__ import annotations
 
 import ast
-import fcntl
 import hashlib
 import json
 import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +23,7 @@ import nbformat
 import yaml
 from nbformat.sign import NotebookNotary
 
-from stackpkg import failure
+from stackpkg import failure, locks
 from stackpkg.data.listing import listing
 from stackpkg.governance.seal import finish
 from stackpkg.params import Params, assigned
@@ -128,15 +126,19 @@ def _digests(folder: RunFolder, patterns: tuple[str, ...]) -> dict[str, str]:
 
 
 def lock_of(folder: RunFolder, stage: str) -> dict[str, Any]:
+    """What is known of a stage; `state` is never ran, running, cut off, failed or ok."""
     path = folder.path / "lock" / f"{stage}.json"
-    return read_json(path) if path.exists() else {"stage": stage, "state": "never ran"}
+    lock: dict[str, Any] = read_json(path) if path.exists() else {"stage": stage, "state": "never ran"}
+    return lock | {"state": "cut off"} if lock["state"] == "running" and not locks.held(folder.name) else lock
 
 
 def reason_to_run(stage: Stage, p: Params, folder: RunFolder) -> str:
     """Why the stage must run; empty when what it left is still valid."""
     lock = lock_of(folder, stage.name)
+    if lock["state"] == "running":  # this process holds the run
+        return "was cut off"
     if lock["state"] != "ok":
-        return {"running": "was cut off", "failed": "failed before"}.get(lock["state"], lock["state"])
+        return {"cut off": "was cut off", "failed": "failed before"}.get(lock["state"], lock["state"])
     if not (folder.path / "nb" / f"{stage.name}.ipynb").exists():
         return "its executed notebook is gone"
     if not isinstance(lock["key"], dict):
@@ -151,26 +153,6 @@ def _changed(before: dict[str, str], now: dict[str, str]) -> str:
     """The first few names that differ."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
-@contextmanager
-def exclusive(name: str) -> Iterator[None]:
-    """Hold the run `name`; raises `BlockingIOError` when another process holds it. The kernel frees it at death."""
-    path = root() / "outbox" / ".locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.seek(0)
-            holder = stream.read() or "unknown"
-            raise BlockingIOError(
-                f"run {name!r} is being executed by process {holder}; wait for it, stop it, or give another --run"
-            ) from None
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
 
 
 def execute(stage: Stage, p: Params, folder: RunFolder, shown: Lines) -> dict[str, Any]:
@@ -268,7 +250,7 @@ def run(
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found,ignore:Mismatch dtype")  # told to nobody
     chosen = select(first, only, last)
     folder = RunFolder(p.run)
-    with exclusive(p.run):
+    with locks.exclusive(p.run):
         executed = stale = False
         with display(stream, folder.path.parent, p.run, [stage.name for stage in chosen]) as shown:
             for stage in chosen:
@@ -288,6 +270,9 @@ def run(
         known = stages()
         settled = dry_run or (not executed and len(chosen) == len(known))  # the loop has just found every one unchanged
         left = [] if settled else [stage.name for stage in known if reason_to_run(stage, p, folder)]
+        if dry_run:
+            with suppress(OSError):
+                folder.path.rmdir()  # where there was none before
         if dry_run or left:
             stream.write(f"not sealed; these stages have to run first: {', '.join(left)}\n" if left else "")
             return None

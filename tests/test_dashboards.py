@@ -23,9 +23,12 @@ ROW = {
     "masked_edge_share": 0.0, "kv_error": 1e-4, "kv_ratio": 0.5, "kv_evictions": 2.0, "step_seconds": 0.5,
     "data_wait_seconds": 0.001, "tokens_per_second": 4000.0, "memory_mb": 900.0, "activation_outlier_rate": 0.01,
     "precision_at_k": 0.8, "validation_loss": 2.1, "rejected_age": 3, "violations": 0.0, "forbidden_attention": 0.01,
+    "router_usage": [[0.4, 0.6], [0.3, 0.7]], "router_entropy_layers": [0.9, 0.8],
+    "attention_entropy_heads": [[0.5, 0.6], [0.7, 0.8]],
 }  # fmt: skip
 HISTORY = pd.DataFrame([ROW | {"loss": 3.0}, ROW], index=pd.Index([1, 2], name="step"))
 PANELS = dashboards.panels(HISTORY, kpis.load(P))
+DRILLS = dashboards.drill_down(HISTORY)
 
 
 def test_a_panel_exists_where_the_rows_have_its_series() -> None:
@@ -43,6 +46,17 @@ def test_grafana_gets_every_panel_with_its_expression_and_target() -> None:
     assert [chart["targets"][0]["expr"] for chart in charts] == [panel.expression for panel in PANELS]
     steps = charts[3]["fieldConfig"]["defaults"]["thresholds"]["steps"]
     assert PANELS[3].kpi and steps[1]["value"] == PANELS[3].target == 0.75
+
+
+def test_a_drill_down_has_a_line_for_each_expert_of_the_layers_that_are_chosen() -> None:
+    assert [panel.series[0] for panel in DRILLS] == ["router_usage", "router_entropy_layers", "attention_entropy_heads"]
+    board = json.loads(dashboards.grafana([*PANELS, *DRILLS]))
+    (chart,) = (chart for chart in board["panels"] if chart["title"] == "Usage of each expert")
+    (target,) = chart["targets"]
+    assert target["expr"] == 'train_router_usage{run=~"$run",layer=~"$layer"}'
+    assert target["legendFormat"] == "{{run}} layer {{layer}} expert {{expert}}"
+    assert [variable["name"] for variable in board["templating"]["list"]] == ["source", "run", "layer"]
+    assert dashboards.drill_down(HISTORY[["loss"]]) == []
 
 
 def test_the_console_holds_every_indicator_and_loads_nothing_from_elsewhere() -> None:
@@ -75,7 +89,7 @@ def test_every_panel_finds_data_on_a_prometheus_that_follows_the_job(tmp_path: P
             writer.write(1, **ROW)
             writer.flush()
             end = time.monotonic() + 40
-            while (left := dashboards.silent(PANELS, address, run.name)) and time.monotonic() < end:
+            while (left := dashboards.silent(PANELS + DRILLS, address, run.name)) and time.monotonic() < end:
                 time.sleep(1)
             assert not left, f"panels without data: {left}"
             assert dashboards.silent(PANELS, address, "another") == [panel.title for panel in PANELS]

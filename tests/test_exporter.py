@@ -51,6 +51,19 @@ def test_the_last_row_of_rank_0_is_served_with_numbers_only_and_nan_kept(run: Pa
     assert abs(found["train_heartbeat_time"] - time.time()) < 5
 
 
+def test_values_of_layers_and_experts_are_served_apart_until_they_are_measured_again(run: Path) -> None:
+    writer, job = RowWriter(run / "telemetry/train", "run", 1, 0, 1), exporter.Job(run, "train")
+    writer.write(1, loss=3.0, router_usage=[[0.25, 0.75], [0.5, 0.5]], router_entropy_layers=[0.8, math.nan])
+    writer.write(2, loss=2.0)
+    writer.flush()
+    found = {family.name: family.samples for family in job.collect()}
+    usage = {(each.labels["layer"], each.labels["expert"]): each.value for each in found["train_router_usage"]}
+    assert usage == {("0", "0"): 0.25, ("0", "1"): 0.75, ("1", "0"): 0.5, ("1", "1"): 0.5}
+    assert {each.labels["job"] for each in found["train_router_usage"]} == {"train"}
+    first, second = found["train_router_entropy_layers"]
+    assert first.value == 0.8 and math.isnan(second.value) and set(first.labels) == {"run", "job", "layer"}
+
+
 def test_lines_are_read_once_whole_and_a_torn_one_is_passed_over(run: Path) -> None:
     path = run / "telemetry/train/rank-00000.jsonl"
     path.parent.mkdir(parents=True)

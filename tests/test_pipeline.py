@@ -237,6 +237,8 @@ def test_a_dry_run_writes_nothing(repo: Repository) -> None:
     assert "20_use                     unchanged, unless a stage above remakes its inputs" in repo.log.getvalue()
     assert {path: path.stat().st_mtime_ns for path in runs.files_below(repo.folder)} == before
     assert repo.sealed == [] and repo.result is None
+    repo.values["run"] = "another"
+    assert repo.run(dry_run=True) == [] and not (repo.root / "outbox/another").exists()
 
 
 def test_from_only_and_force(repo: Repository) -> None:
@@ -390,8 +392,10 @@ def test_after_kill_9_the_next_run_goes_on_and_no_kernel_is_left(
     repo: Repository, slow: tuple[subprocess.Popen[str], int]
 ) -> None:
     process, kernel = slow
+    assert pipeline.lock_of(runs.RunFolder("demo"), "20_use")["state"] == "running"
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert pipeline.lock_of(runs.RunFolder("demo"), "20_use")["state"] == "cut off", "what status says of it"
     lock = repo.lock("20_use")
     assert lock["state"] == "running" and lock["pid"] == process.pid
     wait_for(lambda: not alive(kernel), 20)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import LLAMA, QWEN, STACK
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stackpkg import params, runs
 from stackpkg.data import (
@@ -440,6 +440,11 @@ def test_the_results_are_ordinary_folders_of_transformers(lab: RunFolder, alone,
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():
         assert model(input_ids=ids).logits.isfinite().all() and average(input_ids=ids).logits.isfinite().all()
+    words = AutoTokenizer.from_pretrained(home / "final")
+    asked = words("Words that are read as the corpus was.", return_tensors="pt")
+    (expected,) = tokenizer.encode(tokenizer.of_shards(lab.path / "data"), ["Words that are read as the corpus was."])
+    assert asked["input_ids"].tolist() == [expected] and words.eos_token_id == tokenizer.EOS
+    assert model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1] > len(expected)
     files = {path.suffix for part in ("final", "final_ema") for path in (home / part).rglob("*") if path.is_file()}
     assert files == {".json", ".safetensors"}  # nothing that unpickles when it is opened
 

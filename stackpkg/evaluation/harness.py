@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import stackpkg.model  # noqa: F401  makes the reference model known to transformers
 from stackpkg.data import tokenizer
+from stackpkg.model.tokenizer import pretrained
 from stackpkg.runs import digest
 
 EXTRA = "lm-evaluation-harness is not installed: pip install 'stackpkg[lm-eval]', best in an environment of its own"
@@ -40,7 +41,7 @@ def measure(model: Path, data: Path, tasks: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ValueError(f"{EXTRA} ({error})") from None
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer.of_shards(data), eos_token="<eos>", pad_token="<pad>")  # noqa: S106
+    words = pretrained(tokenizer.of_shards(data))
     known = TaskManager(include_path=str(tasks if tasks.is_dir() else tasks.parent), include_defaults=False)
     asked = HFLM(pretrained=network, backend="causal", tokenizer=words, device="cpu", batch_size=1, max_length=4_096)
     found = simple_evaluate(asked, tasks=list(files), task_manager=known, log_samples=False)

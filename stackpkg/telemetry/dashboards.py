@@ -9,15 +9,14 @@ import base64
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from grafana_foundation_sdk.builders import dashboard as build
 from grafana_foundation_sdk.builders import prometheus, timeseries
@@ -28,6 +27,7 @@ from grafana_foundation_sdk.models.dashboard import DataSourceRef, Threshold, Th
 
 from stackpkg import plots
 from stackpkg.runs import write_json, write_text
+from stackpkg.telemetry.exporter import LISTS
 from stackpkg.telemetry.kpis import KPI
 
 KPIS = "Key performance indicators"
@@ -75,6 +75,14 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {  # group -> title -> unit, in 
 }
 
 
+DRILL_DOWN = {  # title -> unit, and a series of values of each layer: a line per entry, for the layers that one chooses
+    "Usage of each expert": ("percentunit", "router_usage"),
+    "Router entropy of each layer": ("percentunit", "router_entropy_layers"),
+    "Router regret of each layer": ("none", "router_regret_layers"),
+    "Attention entropy of each head": ("percentunit", "attention_entropy_heads"),
+}
+
+
 class Panel(NamedTuple):
     """One picture: its series, and for an indicator the definition that its target comes from."""
 
@@ -83,6 +91,7 @@ class Panel(NamedTuple):
     unit: str
     series: tuple[str, ...]  # columns of the rows, or one ratio of two
     kpi: KPI | None = None
+    by: tuple[str, ...] = ()  # labels that tell the lines of one series apart
 
     @property
     def slug(self) -> str:
@@ -129,12 +138,20 @@ def panels(history: pd.DataFrame, kpis: Iterable[KPI]) -> list[Panel]:
     return found
 
 
+def drill_down(history: pd.DataFrame) -> list[Panel]:
+    """Those of `DRILL_DOWN` that the rows of one rank have, for Grafana: a large model has thousands of lines."""
+    there = {title: told for title, told in DRILL_DOWN.items() if told[1] in history and history[told[1]].notna().any()}
+    return [Panel("Drill-down", title, unit, (name,), by=LISTS[name]) for title, (unit, name) in there.items()]
+
+
 # --- live: Grafana and the console of Prometheus
 
 
 def _chart(panel: Panel) -> timeseries.Panel:
     made = timeseries.Panel().title(panel.title).description(panel.description).unit(panel.unit).span(8).height(7)
-    query = prometheus.Dataquery().expr(panel.expression).legend_format("{{run}} {{__name__}}")
+    names = " ".join(f"{label} {{{{{label}}}}}" for label in panel.by) or "{{__name__}}"
+    asked = panel.expression.replace('run=~"$run"', 'run=~"$run",layer=~"$layer"' if panel.by else 'run=~"$run"')
+    query = prometheus.Dataquery().expr(asked).legend_format(f"{{{{run}}}} {names}")
     made.datasource(DataSourceRef(type_val="prometheus", uid="${source}")).with_target(query)
     if panel.kpi and panel.target is not None:
         below, above = ("red", "green") if panel.kpi.comparison == ">=" else ("green", "red")
@@ -145,12 +162,14 @@ def _chart(panel: Panel) -> timeseries.Panel:
 
 
 def grafana(shown: Iterable[Panel]) -> str:
-    """Dashboard JSON (Grafana 11.6) to import; data source and run are chosen in it."""
+    """Dashboard JSON (Grafana 11.6) to import; data source, runs and layers are chosen in it."""
     source = build.DatasourceVariable("source").type("prometheus")
     run = build.QueryVariable("run").datasource(DataSourceRef(type_val="prometheus", uid="${source}"))
     run = run.query("label_values(train_loss, run)").multi(True).include_all(True)
+    layer = build.QueryVariable("layer").datasource(DataSourceRef(type_val="prometheus", uid="${source}"))
+    layer = layer.query('label_values({run=~"$run",layer!=""}, layer)').multi(True).include_all(True)
     made = build.Dashboard("Training").uid("stackpkg-training").tags(["stackpkg", "generated"]).refresh("10s")
-    made = made.time("now-1h", "now").with_variable(source).with_variable(run)
+    made = made.time("now-1h", "now").with_variable(source).with_variable(run).with_variable(layer)
     group = ""
     for panel in shown:
         if panel.group != group:
@@ -169,7 +188,7 @@ SCRIPT = """const shades=["#0b6e99","#d9730d","#448361","#9065b0","#c14c8a","#78
 for(const f of document.querySelectorAll("figure"))drawn.push(fetch("/api/v1/query_range?"+new URLSearchParams({
  query:f.dataset.query.replaceAll("$run",run),start:end-span,end,step:15})).then(r=>r.json()).then(({data})=>{
  const goal=f.dataset.target===""?[]:[+f.dataset.target],lines=data.result.map(m=>m.values.map(([t,y])=>[+t,+y]).filter(p=>isFinite(p[1])));
- const all=lines.flat(),ys=all.map(p=>p[1]).concat(goal),low=Math.min(...ys),high=Math.max(...ys);
+ const all=lines.flat(),seen=all.map(p=>p[1]),ys=seen.concat(goal),low=Math.min(...ys),high=Math.max(...ys);
  const first=Math.min(...all.map(p=>p[0])),wide=Math.max(1,end-first),tall=high-low||1,place=y=>95-90*(y-low)/tall;
  const svg=f.querySelector("svg"),draw=(points,colour,dash)=>{const line=document.createElementNS("http://www.w3.org/2000/svg","polyline");
   line.setAttribute("points",points);line.setAttribute("stroke",colour);line.setAttribute("vector-effect","non-scaling-stroke");
@@ -177,7 +196,7 @@ for(const f of document.querySelectorAll("figure"))drawn.push(fetch("/api/v1/que
  lines.forEach((line,i)=>draw(line.map(([t,y])=>`${300*(t-first)/wide},${place(y)}`).join(" "),shades[i%shades.length]));
  goal.forEach(y=>draw(`0,${place(y)} 300,${place(y)}`,"crimson",true));
  const names=data.result.map(m=>(m.metric.__name__||"").replace("train_",""));
- f.querySelector("small").textContent=all.length?`${low.toPrecision(3)} to ${high.toPrecision(3)}; ${names.filter(n=>n).join(", ")}`:"no data in the last hour";
+ f.querySelector("small").textContent=all.length?`${Math.min(...seen).toPrecision(3)} to ${Math.max(...seen).toPrecision(3)}; ${names.filter(n=>n).join(", ")}`:"no data in the last hour";
 }));
 Promise.all(drawn).then(()=>{document.body.dataset.drawn=drawn.length;setTimeout(()=>location.reload(),15000)});
 """
@@ -276,18 +295,3 @@ def snapshot(shown: Iterable[Panel], history: pd.DataFrame, verdicts: pd.DataFra
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Snapshot</title><style>{STYLE}</style>'
     write_text(folder / "snapshot.html", f'{page}{table}<div class="grid">{"".join(figures)}</div></html>\n')
     return pd.DataFrame(listed)[["title", "picture", "data", "alt"]]
-
-
-# --- drill-down
-
-
-def unfold(history: pd.DataFrame, series: str, names: tuple[str, ...]) -> pd.DataFrame:
-    """A list-valued series [n] or [n, m] as a table: a row per step that measured it and a column per entry, named by
-    `names`, such as ("layer", "expert"). Empty when no row has it."""
-    measured: Mapping[int, Any] = history[series].dropna().to_dict() if series in history else {}
-    rows = {step: np.asarray([np.asarray(part, float) for part in value]) for step, value in measured.items()}
-    if not rows:
-        return pd.DataFrame()
-    shape = next(iter(rows.values())).shape
-    columns = pd.MultiIndex.from_product([range(n) for n in shape], names=names)
-    return pd.DataFrame([value.ravel() for value in rows.values()], index=pd.Index(rows, name="step"), columns=columns)

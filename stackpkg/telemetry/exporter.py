@@ -30,6 +30,12 @@ from stackpkg.telemetry.rows import KEY
 HOST = "127.0.0.1"
 WORST = 60.0  # seconds of rows whose extremes are told, so that no step slips through between two scrapes
 TAIL = 1 << 20  # bytes of a row file that are read of what was there before
+LISTS = {
+    "router_usage": ("layer", "expert"),
+    "router_entropy_layers": ("layer",),
+    "router_regret_layers": ("layer",),
+    "attention_entropy_heads": ("layer", "head"),
+}  # series of many values -> the label of each index
 SHARED = ("loss", "grad_norm", "weight_norm")  # sums over all ranks, told by each of them
 BLOCKS = manifest.OPENING >> 4  # of the corpus that a pass over it reads again, or one of each shard
 REST, SHARE = 5.0, 100  # seconds between two passes at least, and as many times what the last one took
@@ -65,12 +71,14 @@ class Job(Collector):
     """Gauges `train_<name>{run, job}`: of rank 0's last row every number, and its extremes of a minute as
     `max_<series>` and `min_<series>` (finite values alone); `attempt`, `step`; `heartbeat_time` and `checkpoint_time`
     (unix seconds; of the launch, where there is none newer); `disk_free_bytes`; `shards_corrupt`; and
-    `rank_divergence`, the largest (max - min) / |max| over ranks of what all of them must report alike.
+    `rank_divergence`, the largest (max - min) / |max| over ranks of what all of them must report alike. And of
+    rank 0's last row that has one, each series of `LISTS`, its values apart by the labels there, from 0.
     """
 
     def __init__(self, folder: Path, job: str) -> None:
         self.folder, self.home, self.labels = folder, folder / "checkpoints" / job, (folder.name, job)
         self._rows, self._last, self._corrupt = Rows(folder / "telemetry" / job), dict[str, float](), 0
+        self._lists = dict[str, Any]()
         self._recent, self._steps = deque[dict[str, float]](), dict[tuple[int, int], dict[int, dict[str, Any]]]()
         self._apart, self._lock = 0.0, threading.Lock()
 
@@ -91,6 +99,7 @@ class Job(Collector):
             if row["rank"] == 0:
                 self._recent.append(numbers(row))
                 self._last |= self._recent[-1]
+                self._lists |= {name: value for name in LISTS if (value := row.get(name))}
         while self._recent and self._recent[0]["time"] < now - WORST:
             self._recent.popleft()
         told = {name: value for name, value in self._last.items() if name != "time"}
@@ -115,11 +124,26 @@ class Job(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         with self._lock:
-            told = self._told()
+            told, lists = self._told(), {**self._lists}
         for name, value in told.items():
             gauge = GaugeMetricFamily(f"train_{name}", "", labels=("run", "job"))
             gauge.add_metric(self.labels, value)
             yield gauge
+        for name, value in lists.items():
+            gauge = GaugeMetricFamily(f"train_{name}", "", labels=("run", "job", *LISTS[name]))
+            for place, number in entries(value):
+                gauge.add_metric((*self.labels, *place), number)
+            yield gauge
+
+
+def entries(value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Every number of nested lists with the indices that lead to it."""
+    if not isinstance(value, list):
+        yield (), value
+        return
+    for index, part in enumerate(value):
+        for place, number in entries(part):
+            yield (str(index), *place), number
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -29,7 +29,7 @@ SCRIPT = """const shades=["#0b6e99","#d9730d","#448361","#9065b0","#c14c8a","#78
  vector=(name,set)=>{const e=document.createElementNS("http://www.w3.org/2000/svg",name);
   for(const k in set)e.setAttribute(k,set[k]);return e};
 function draw(panel){const lines=Object.entries(panel.lines),goal=panel.target===null?[]:[panel.target],
- all=lines.flatMap(([,l])=>l),ys=all.map(p=>p[1]).concat(goal),xs=all.map(p=>p[0]).concat(panel.broken),
+ all=lines.flatMap(([,l])=>l),seen=all.map(p=>p[1]),ys=seen.concat(goal),xs=all.map(p=>p[0]).concat(panel.broken),
  low=Math.min(...ys),tall=Math.max(...ys)-low||1,first=Math.min(...xs),wide=Math.max(...xs)-first||1,
  x=v=>300*(v-first)/wide,y=v=>95-90*(v-low)/tall,f=make("figure"),c=make("figcaption"),
  svg=vector("svg",{viewBox:"0 0 300 100",preserveAspectRatio:"none",role:"img","aria-label":panel.title}),
@@ -39,7 +39,8 @@ function draw(panel){const lines=Object.entries(panel.lines),goal=panel.target==
  goal.forEach(v=>line("0,"+y(v)+" 300,"+y(v),"crimson","4"));
  panel.broken.forEach(v=>line(x(v)+",0 "+x(v)+",100","crimson","1"));
  c.append(make("b",panel.title));f.append(c,svg,make("small",
-  (ys.length?low.toPrecision(3)+" to "+(low+tall).toPrecision(3)+"; ":"")+lines.map(([n])=>n).join(", ")+
+  (seen.length?Math.min(...seen).toPrecision(3)+" to "+Math.max(...seen).toPrecision(3)+"; ":"")+
+  lines.map(([n])=>n).join(", ")+
   (panel.broken.length?"; not finite in step "+panel.broken.join(", "):"")));return f}
 async function look(){try{const told=await(await fetch("data")).json();
  document.querySelector("#state").textContent=told.state;

@@ -18,10 +18,10 @@ from stackpkg.telemetry.guard import Alert
 from stackpkg.telemetry.live import Inbox
 from stackpkg.telemetry.rows import RowWriter
 
-CALM = {  # a run that is well
+CALM: dict[str, Any] = {  # a run that is well
     "loss": 2.0, "grad_norm": 1.0, "weight_norm": 5.0, "router_entropy": 0.6, "attention_entropy_median": 0.5,
     "precision_at_k": 1.0, "data_wait_seconds": 0.0, "tokens_per_second": 1000.0, "violations": 0.0, "nonfinite": 0,
-    "update_skipped": 0, "recovery_rung": 0,
+    "update_skipped": 0, "recovery_rung": 0, "router_usage": [[0.4, 0.6], [0.5, 0.5]],
 }  # fmt: skip
 JOB, FILLER = "drill", 8 << 20  # bytes that are written each time that the disk is to fill
 

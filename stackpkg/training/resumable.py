@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from stackpkg.data import manifest
+from stackpkg.data import manifest, tokenizer
 from stackpkg.data.provenance import passed_over
 from stackpkg.data.stream import Stream
 from stackpkg.evaluation.retrieval import Retriever
+from stackpkg.model.tokenizer import pretrained
 from stackpkg.objectives import Composer
 from stackpkg.params import Params
 from stackpkg.runs import write_json
@@ -57,7 +58,8 @@ class Resumable(Trainer):
         return str(self.saver.partial)  # below it Trainer makes checkpoint-N
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """An ordinary Hugging Face folder, gathered from the shards; a checkpoint (internal call) has its own form."""
+        """An ordinary Hugging Face folder with its tokenizer, gathered from the shards; a checkpoint (internal call)
+        has a form of its own."""
         if _internal_call:
             return
         if self.p.layout.pp > 1:
@@ -67,6 +69,8 @@ class Resumable(Trainer):
         if self.rank == 0:
             guard = self.p.retrieval.model_dump(mode="json") | self.retriever.switch.state_dict()
             write_json(Path(str(output_dir)) / "retriever.json", guard)
+            words = pretrained(tokenizer.of_shards(self.stream.corpus.folder))
+            words.save_pretrained(str(output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, loss = self.state.global_step, self._row.get("validation_loss")
