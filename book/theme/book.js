@@ -14,7 +14,9 @@ function menu(open) {
   $("menu").setAttribute("aria-expanded", open);
 }
 $("menu").addEventListener("click", () => menu(!document.body.classList.contains("menu")));
-document.querySelector("#pages [aria-current]")?.scrollIntoView({ block: "nearest" });
+// by hand: what scrollIntoView brings into sight is where Chromium's next Tab begins
+const current = document.querySelector("#pages [aria-current]"), bottom = (element) => element.getBoundingClientRect().bottom;
+if (current) $("pages").scrollTop += Math.max(0, bottom(current) - bottom($("pages")));
 
 // copy buttons
 for (const block of document.querySelectorAll(".listing")) {
