@@ -16,7 +16,7 @@ function menu(open) {
 $("menu").addEventListener("click", () => menu(!document.body.classList.contains("menu")));
 // by hand: what scrollIntoView brings into sight is where Chromium's next Tab begins
 const current = document.querySelector("#pages [aria-current]"), bottom = (element) => element.getBoundingClientRect().bottom;
-if (current) $("pages").scrollTop += Math.max(0, bottom(current) - bottom($("pages")));
+if (current) $("pages").scrollTop += Math.max(0, bottom(current) - Math.min(innerHeight, bottom($("pages"))));
 
 // copy buttons
 for (const block of document.querySelectorAll(".listing")) {
