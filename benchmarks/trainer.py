@@ -49,7 +49,7 @@ from stackpkg import params, runs
 from stackpkg.data.stream import Stream
 from stackpkg.params import Params
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training import measuring, mesh, parity, recovery, saving
+from stackpkg.training import measuring, mesh, parity, saving
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.trainer import StackTrainer
 
@@ -181,7 +181,6 @@ class Lab:
                 stream=Stream(self.folder / "data", p), folder=self.folder, name=f"job-{self.made}", attempt=1,
                 guard=Guard.production(p), faults=[], rung=0,
             )  # fmt: skip
-            made.add_callback(recovery.StopFile(self.folder / f"checkpoints/job-{self.made}"))
         made.remove_callback(PrinterCallback)
         return made
 
@@ -244,8 +243,7 @@ def parts(lab: Lab) -> dict[str, float]:
         timed("router usage", made.composer, "after_step"),
         timed("row: sums and series", made, "_measure"),
         timed("row: write, alerts, print", made, "_write_row"),
-        timed("stop file", recovery.StopFile, "on_step_end"),
-        timed("snapshot: cadence", saving.Cadence, "on_step_end"),
+        timed("stop and save files, cadence", saving.Cadence, "agree"),
         timed("stream: rows of the step", made.stream, "batch"),
         timed("counts of the step", made, "_get_num_items_in_batch"),
         timed("composer and router statistics", made.loss, "value"),

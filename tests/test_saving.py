@@ -5,7 +5,6 @@ import os
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -93,8 +92,9 @@ def test_a_full_disk_ends_the_job_and_the_checkpoint_before_stays(alone: Path, m
 
 
 def step_end(cadence: Cadence) -> bool:
-    arguments = SimpleNamespace(device=torch.device("cpu"))
-    return cadence.on_step_end(arguments, TrainerState(), TrainerControl()).should_save  # type: ignore[arg-type]
+    control = TrainerControl()
+    cadence.agree(TrainerState(), control, torch.device("cpu"))
+    return control.should_save
 
 
 def test_a_checkpoint_is_due_by_time_too(alone: Path, monkeypatch) -> None:

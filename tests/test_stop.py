@@ -14,14 +14,14 @@ import test_training
 import torch
 import torch.distributed as dist
 from test_training import Job, compared, history, profile, run, weights
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from stackpkg import runs
-from stackpkg.params import validate
+from stackpkg.params import Snapshots, validate
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry.guard import Guard
 from stackpkg.training import launch, stop
-from stackpkg.training.recovery import StopFile
+from stackpkg.training.saving import Cadence, Saver
 from stackpkg.training.trainer import StackTrainer
 
 lab = test_training.lab  # the same tiny run
@@ -141,11 +141,12 @@ def test_a_job_is_asked_to_save_and_one_that_hangs_is_killed_for_good(lab: RunFo
 def test_a_request_in_the_last_step_is_no_reason_to_drop_a_finished_job(tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        look, arguments = StopFile(tmp_path), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        look = Cadence(Saver(tmp_path, Snapshots(), {}, []))
         for asked, step, ends in ((False, 1, False), (True, 2, True), (True, 3, False)):
             if asked:
                 stop.request(tmp_path, "a test")
-            control = look.on_step_end(arguments, TrainerState(global_step=step, max_steps=3), TrainerControl())
-            assert control.should_training_stop == control.should_save == ends
+            control, look.stopped = TrainerControl(), False
+            look.agree(TrainerState(global_step=step, max_steps=3), control, torch.device("cpu"))
+            assert control.should_training_stop == control.should_save == look.stopped == ends
     finally:
         dist.destroy_process_group()

@@ -16,15 +16,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stackpkg.data import curriculum
 from stackpkg.runs import now, write_json
 from stackpkg.telemetry.guard import WINDOW, Alert, score
-from stackpkg.training import stop
 from stackpkg.training.launch import DIAGNOSIS
 
 MAX_CONSECUTIVE_SKIPS = 4
@@ -120,19 +116,3 @@ def climb(home: Path, attempt: int, fault: RollBack, precision: str) -> str:
         write_json(home / DIAGNOSIS, event | {"tried": tried, "message": message})
     curriculum.record(home / HISTORY, [event])
     return rung
-
-
-class StopFile(TrainerCallback):
-    """Looks for the stop file once a step, on rank 0 alone: one that appears between two looks must not split ranks."""
-
-    def __init__(self, home: Path) -> None:
-        self.path, self.seen = home / stop.FILE, False
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        flag = torch.tensor(dist.get_rank() == 0 and self.path.exists(), device=args.device)
-        dist.broadcast(flag, 0)
-        if flag and state.global_step < state.max_steps:
-            self.seen = control.should_save = control.should_training_stop = True
-        return control

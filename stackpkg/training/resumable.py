@@ -43,16 +43,14 @@ class Resumable(Trainer):
     retriever: Retriever
     measuring: Measuring
     rows: RowWriter
-    _row: dict[str, Any]
+    _told: dict[str, Any]  # the row of the last step
 
     def saves(self, about: dict[str, Any], faults: list[dict[str, Any]]) -> None:
         """Once, before training: what the manifests say, and the drills."""
         self.saver = Saver(Path(str(self.args.output_dir)), self.p.snapshots, about, faults)
-        self.add_callback(Cadence(self.saver))
+        self.cadence = Cadence(self.saver)
+        self.add_callback(self.cadence)
         self._drawn: str | None = None
-
-    def _write_row(self) -> None:
-        raise NotImplementedError
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saver.partial)  # below it Trainer makes checkpoint-N
@@ -73,11 +71,10 @@ class Resumable(Trainer):
             words.save_pretrained(str(output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step, loss = self.state.global_step, self._row.get("validation_loss")
+        step, loss = self.state.global_step, self._told.get("validation_loss")
         if self.rank == 0:  # no snapshot is taken from a corpus that changed under the job
             corpus = self.stream.corpus
             manifest.check(corpus.folder, corpus.version, passed_over(corpus.folder), manifest.OPENING // 16)
-        self._write_row()
         self.rows.settle()
         self.saver.wait()
         super()._save_checkpoint(model, trial)

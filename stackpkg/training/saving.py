@@ -28,7 +28,7 @@ from stackpkg.params import Snapshots
 from stackpkg.runs import now, write_json
 from stackpkg.training import snapshots
 from stackpkg.training.faults import meant
-from stackpkg.training.stop import SAVE
+from stackpkg.training.stop import FILE, SAVE
 
 SILENT = timedelta(minutes=30)  # a rank that writes nothing for longer is taken for dead
 
@@ -163,25 +163,27 @@ def _settled(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class Cadence(TrainerCallback):
-    """A checkpoint when `every_minutes` have passed on rank 0 or a `save` file is there, the end of a job not before
-    its last save, and word of a save that failed, once a step: what one rank knows, all must, or they part."""
+    """What all ranks agree on once a step: a checkpoint when `every_minutes` have passed or a `save` file is there, the
+    end of the job when a `stop` file is, which `stopped` tells, and that a save failed. Of time and files rank 0 knows,
+    of a failure any: what one knows, all must, or they part. A job ends not before its last save."""
 
     def __init__(self, saver: Saver) -> None:
-        self.saver, self.last = saver, time.monotonic()
+        self.saver, self.last, self.stopped = saver, time.monotonic(), False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        minutes = self.saver.keep.every_minutes
-        late = 0 < 60 * minutes <= time.monotonic() - self.last
-        due = dist.get_rank() == 0 and (late or (self.saver.home / SAVE).exists())
-        flags = torch.tensor([due, self.saver.failed], dtype=torch.int32, device=args.device)
+    def agree(self, state: TrainerState, control: TrainerControl, device: torch.device) -> None:
+        """After the row of a step, so that what its alerts ask for is done in it; a stop in the last step is none."""
+        home, first = self.saver.home, dist.get_rank() == 0
+        late = 0 < 60 * self.saver.keep.every_minutes <= time.monotonic() - self.last
+        due = first and (late or (home / SAVE).exists())
+        asked = first and state.global_step < state.max_steps and (home / FILE).exists()
+        flags = torch.tensor([due or asked, asked, self.saver.failed], dtype=torch.int32, device=device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        saving, failed = map(bool, flags.tolist())
+        saving, stopping, failed = map(bool, flags.tolist())
         if failed:
             self.saver.wait()
         control.should_save |= saving
-        return control
+        control.should_training_stop |= stopping
+        self.stopped |= stopping
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.last = time.monotonic()

@@ -78,7 +78,7 @@ class StackTrainer(Reporting):
         self.rows.told = self.tell
         about = model, p, mesh, stream, self.loss, self.rows, guard, folder / "telemetry" / f"{name}.events.jsonl"
         self.measuring = Measuring(*about, self.args.device)
-        self._update_skipped, self._row = False, dict[str, Any]()
+        self._update_skipped, self._row, self._told = False, dict[str, Any](), dict[str, Any]()
         known = stream.manifest_digest, model.config.to_dict(), folder / "artifacts"
         self.saves(versions.describe(p, name, attempt, *known), faults)
 
@@ -155,18 +155,25 @@ class StackTrainer(Reporting):
         return norm
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *rest: Any, **more: Any
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **more: Any
     ) -> None:
+        """Evaluation, row, what the row's alerts ask for, checkpoint, in this order."""
         logged = self.control.should_log and self.state.global_step > self._globalstep_last_logged
         if logged:
             self.composer.after_step(not self._update_skipped, self.mesh.data)
             if not self._update_skipped:
                 self.ema.update()
             self._row = self._measure(tr_loss, float(grad_norm), more["learning_rate"])
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *rest, **more)
-        if logged:  # it was subtracted from itself, which leaves NaN what is NaN (transformers 5.23)
-            tr_loss.zero_()
-        self._write_row()
+            due, self.control.should_save = self.control.should_save, False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
+        if logged:
+            tr_loss.zero_()  # it was subtracted from itself, which leaves NaN what is NaN (transformers 5.23)
+            self._write_row()
+            self.control.should_save = due
+            self.cadence.agree(self.state, self.control, self.args.device)
+            if self.control.should_save:
+                self._save_checkpoint(model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         if self.control.should_training_stop or self.state.global_step == self.args.max_steps:
             self.rows.settle()
         self.measuring.mark = time.perf_counter()
@@ -183,9 +190,8 @@ class StackTrainer(Reporting):
 
     def _write_row(self) -> None:
         """Once a step, after its evaluation if it has one and before its checkpoint: no saved step lacks its row."""
-        if not self._row:
-            return
-        row, self._row = self.rows.write(self.state.global_step, self.measuring.later, **self._row), {}
+        row = self._told = self.rows.write(self.state.global_step, self.measuring.later, **self._row)
+        self._row = {}
         if self.rank == 0:
             step, alerts = self.state.global_step, self._alerts(row)
             self._act(alerts)

@@ -25,7 +25,6 @@ from stackpkg.telemetry.guard import Guard
 from stackpkg.training import attempts, hang, layout, recovery, running, stop
 from stackpkg.training.mesh import Mesh, build
 from stackpkg.training.optim import training_arguments
-from stackpkg.training.recovery import StopFile
 from stackpkg.training.reproducibility import record
 from stackpkg.training.trainer import StackTrainer
 
@@ -122,8 +121,6 @@ def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mes
         rung=rung,
     )
     trainer.remove_callback(PrinterCallback)
-    asked = StopFile(home)
-    trainer.add_callback(asked)
     trainer.add_callback(watch)
     watch.listen(model, lambda: trainer.saver.waiting)
     try:
@@ -136,7 +133,7 @@ def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mes
     finally:
         watch.rest()
         trainer.rows.flush()
-    if asked.seen:
+    if trainer.cadence.stopped:
         dist.barrier()
         if rank == 0:
             rows.compact(folder / "telemetry" / job["name"])
