@@ -24,6 +24,8 @@ ROW = {
     "data_wait_seconds": 0.001, "tokens_per_second": 4000.0, "memory_mb": 900.0, "activation_outlier_rate": 0.01,
     "precision_at_k": 0.8, "validation_loss": 2.1, "rejected_age": 3, "violations": 0.0, "forbidden_attention": 0.01,
     "router_usage": [[0.4, 0.6], [0.3, 0.7]], "router_entropy_layers": [0.9, 0.8],
+    "update_ratio": 1e-3, "router_regret": 0.01, "router_regret_layers": [0.01, 0.02], "similarity_positive": 0.8,
+    "similarity_negative": 0.1, "flops_utilisation": 0.3, "probe_share": 0.004,
     "attention_entropy_heads": [[0.5, 0.6], [0.7, 0.8]],
 }  # fmt: skip
 HISTORY = pd.DataFrame([ROW | {"loss": 3.0}, ROW], index=pd.Index([1, 2], name="step"))
@@ -32,9 +34,11 @@ DRILLS = dashboards.drill_down(HISTORY)
 
 
 def test_a_panel_exists_where_the_rows_have_its_series() -> None:
-    assert {panel.group for panel in PANELS} == {dashboards.KPIS, *dashboards.PANELS}
+    titles = [title for group in dashboards.PANELS.values() for title in group]
+    assert [panel.title for panel in PANELS if not panel.kpi] == titles, "the row below has a series for each"
     assert [panel.title for panel in PANELS if panel.kpi] == [kpi.name for kpi in kpis.load(P)]
-    fewer = dashboards.panels(HISTORY.drop(columns=["router_entropy", "router_entropy_min", "router_usage_max"]), [])
+    dense = HISTORY.drop(columns=[name for name in HISTORY if name.startswith("router_")])
+    fewer = dashboards.panels(dense, [])
     assert not any(panel.group == "Routing" for panel in fewer)
     assert not any(panel.data(HISTORY).empty for panel in PANELS)
 
@@ -49,7 +53,7 @@ def test_grafana_gets_every_panel_with_its_expression_and_target() -> None:
 
 
 def test_a_drill_down_has_a_line_for_each_expert_of_the_layers_that_are_chosen() -> None:
-    assert [panel.series[0] for panel in DRILLS] == ["router_usage", "router_entropy_layers", "attention_entropy_heads"]
+    assert [panel.title for panel in DRILLS] == [*dashboards.DRILL_DOWN]
     board = json.loads(dashboards.grafana([*PANELS, *DRILLS]))
     (chart,) = (chart for chart in board["panels"] if chart["title"] == "Usage of each expert")
     (target,) = chart["targets"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -447,6 +448,21 @@ def test_the_results_are_ordinary_folders_of_transformers(lab: RunFolder, alone,
     assert model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1] > len(expected)
     files = {path.suffix for part in ("final", "final_ema") for path in (home / part).rglob("*") if path.is_file()}
     assert files == {".json", ".safetensors"}  # nothing that unpickles when it is opened
+
+
+def test_attention_is_that_of_all_heads_whoever_holds_them(lab: RunFolder, alone) -> None:
+    p = profile(2)
+    split = p.model_copy(update={"layout": p.layout.model_copy(update={"fsdp": 1, "tp": 2})})
+    run(lab, split=Job(split, [NAN], steps=4))
+    names = ["attention_entropy_mean", "attention_entropy_std", "masked_edge_share", "kv_ratio"]
+    one, two = (history(lab, name).loc[:4] for name in ("one", "split"))
+    measured = one.attention_entropy_mean.notna()
+    assert measured.any() and (two.attention_entropy_mean.notna() == measured).all()
+    left, right = (table.loc[measured, names].astype(float) for table in (one, two))
+    pd.testing.assert_frame_equal(left, right, rtol=1e-3, check_exact=False)
+    left, right = (np.stack(np.stack(table.attention_entropy_heads.dropna().iloc[0])) for table in (one, two))
+    assert left.shape == right.shape == (STACK["num_hidden_layers"], STACK["num_attention_heads"])
+    np.testing.assert_allclose(left, right, atol=1e-4)
 
 
 def test_a_job_refuses_a_corrupt_shard_and_another_corpus_than_it_began_with(lab: RunFolder) -> None:

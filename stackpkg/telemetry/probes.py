@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -66,12 +67,25 @@ def retrieval_statistics(pairs: Pairs) -> dict[str, Tensor]:
     }
 
 
+def _of_all_heads(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """What a layer [layers] or its heads [layers, heads] told, of every rank of a group one after the other in the last
+    dimension: [layers, values]."""
+    mine = mine.reshape(len(mine), -1).contiguous()
+    if group is None or dist.get_world_size(group) == 1:
+        return mine
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    return torch.cat(every, 1)
+
+
 @torch.no_grad()
-def model_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+def model_statistics(
+    model: PreTrainedModel, input_ids: Tensor, tensor: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
     """Attention, key/value codec and activations of one forward over `input_ids` [b, L]; every rank must call it.
 
-    Attention and codec series exist for the reference model only; `attention_entropy_heads` is [layers, heads], of the
-    heads of this rank.
+    Attention and codec series exist for the reference model only; `attention_entropy_heads` is [layers, heads], of all
+    heads, those of the other ranks of `tensor` too. Evictions are those of the rank that evicts most.
     """
     asked = {"output_attention_statistics": True} if isinstance(model, StackForCausalLM) else {}
     outputs = model(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, **asked)
@@ -79,7 +93,7 @@ def model_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Ten
     outliers = (hidden - hidden.mean()).abs() > OUTLIER_SIGMA * hidden.std()
     series = {"activation_outlier_rate": outliers.float().mean()}
     if asked:
-        found = by_layer(outputs)
+        found = {name: _of_all_heads(value, tensor) for name, value in by_layer(outputs).items()}
         entropy = found["entropy"]
         series |= {
             "attention_entropy_mean": entropy.mean(),
@@ -91,7 +105,7 @@ def model_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Ten
             "kv_error": found["kv_error"].max(),
             "kv_distortion": found["kv_distortion"].max(),
             "kv_hit_rate": found["kv_hit_rate"].nanmean(),
-            "kv_evictions": found["kv_evictions"].sum(),
+            "kv_evictions": found["kv_evictions"].amax(1).sum(),
         }
         if "kernel_error" in found:  # linear attention has no other kernel to compare with
             series["attention_kernel_error"] = found["kernel_error"].max()

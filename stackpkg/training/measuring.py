@@ -147,7 +147,7 @@ class Measuring:
         def measure() -> dict[str, Tensor]:
             held_out = (self.stream.validation(domain, 1)["input_ids"] for domain in self.stream.domains)
             ids = torch.as_tensor(next(ids for ids in held_out if len(ids)), device=self.device)
-            found = model_statistics(self.network, ids)
+            found = model_statistics(self.network, ids, self.mesh.tensor)
             reshard(self.network)
             return found
 
