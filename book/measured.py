@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ LISTED = ("trainer", "snapshots", "telemetry", "stream", "series", "recovery")  
 
 
 class Goal(NamedTuple):
-    """A limit for a metric of a file; `system` is a part of the row's system, "" for each that has the metric."""
+    """A limit for a metric of a file, a regular expression whose groups fill the braces of `what`; `system` is a part
+    of the row's system, "" for each that has the metric.
+    """
 
     what: str
     file: str
@@ -28,6 +31,7 @@ GOALS = (
     Goal("all probes together", "telemetry", "all probes", "at their cadence", 1.0),
     Goal("a snapshot behind the training stalls it, of a blocking one", "snapshots", "", "stall, behind / waited", 2.0),
     Goal("CPU time of attention grows with length to the power", "attention", "", "exponent", 1.1),
+    Goal("tokens/s of {} tokens beside the rival's", "attention", "", r"(?!1024 )(\d+) tokens/s ratio", 1.0, False),
     Goal("near duplicates found are such", "dedup", "stackpkg on numba", "precision", 0.99, False),
     Goal("near duplicates that are found", "dedup", "stackpkg on numba", "recall", 0.99, False),
 )
@@ -59,7 +63,8 @@ def goals() -> str:
     for goal in GOALS:
         rows = {(row["system"], row["metric"]): row for row in _read(goal.file)["rows"]}
         for (system, metric), row in rows.items():
-            if metric != goal.metric or goal.system not in system or system.startswith(PEERS):
+            about = re.fullmatch(goal.metric, metric)
+            if not about or goal.system not in system or system.startswith(PEERS):
                 continue
             ends = [
                 rows[system, f"{metric}, {end}"]["value"]
@@ -73,7 +78,13 @@ def goals() -> str:
             sign = "at most" if goal.most else "at least"
             unit = "" if row["unit"] == "1" else f" {row['unit']}"
             lines.append(
-                [text(goal.what), text(system), text(f"{sign} {goal.limit:g}"), text(value + unit), badge(*state)]
+                [
+                    text(goal.what.format(*about.groups())),
+                    text(system),
+                    text(f"{sign} {goal.limit:g}"),
+                    text(value + unit),
+                    badge(*state),
+                ]
             )
     return table("goal | of | limit | measured | met", lines)
 

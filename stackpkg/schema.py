@@ -177,6 +177,9 @@ class Auxiliary(Section):
     long_range_hops: int = Field(
         2, ge=2, le=8, description="records to follow from a question to its answer, in chains"
     )
+    long_range_distance: int = Field(
+        0, ge=0, description="least tokens between evidence and answer; 0: just beyond what the layers reach"
+    )
     long_range_names: int = Field(64, ge=2, le=128, description="names that long-range tasks draw from")
     long_range_values: int = Field(32, ge=2, le=128, description="answers that long-range tasks draw from")
     retrieval_set: str = Field("", description="folder in BEIR's format, or JSONL of triples, to use besides")

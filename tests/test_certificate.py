@@ -108,12 +108,17 @@ def test_the_interval_over_seeds_is_that_of_student() -> None:
 # --- leg 1
 
 
-def test_the_reach_is_exactly_what_a_windowed_stack_can_see() -> None:
-    model = build(params.Model(config=control.MODEL | {"summaries_per_block": 0}), SIZE, 0, 1)
-    x = torch.randn(1, 80, 64, requires_grad=True)
-    model(inputs_embeds=x).logits[0, 70].sum().backward()
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("pattern", ["sliding", "dilated", "block", "hybrid"])
+def test_the_reach_is_exactly_what_a_windowed_stack_can_see(pattern: str, layers: int) -> None:
+    changes = {"attention_pattern": pattern, "dilation": 3, "num_hidden_layers": layers, "summaries_per_block": 0}
+    model = params.Model(config=control.MODEL | changes)
+    reach, last = longrange.reach_of(params.Params(model=model)), 159  # the end of a block, which sees farthest
+    x = torch.randn(1, last + 10, 64, requires_grad=True)
+    build(model, SIZE, 0, 1)(inputs_embeds=x).logits[0, last].sum().backward()
     seen = x.grad[0].abs().sum(-1).nonzero()[:, 0]
-    assert seen.min() == 70 - REACH and seen.max() == 70
+    assert seen.min() == last - reach and seen.max() == last
+    assert pattern != "sliding" or layers != 2 or reach == REACH
 
 
 def test_the_reach_of_a_profile_that_states_no_sizes_is_the_model_s() -> None:

@@ -125,6 +125,44 @@ def test_a_model_without_a_window_is_held_to_a_quarter_of_the_context():
     assert longrange.reach_of(profile(model={"kind": "auto", "config": {"model_type": "qwen3_moe"}})) == 16
 
 
+@pytest.mark.parametrize(
+    "changes, reach",
+    [
+        ({}, 30),
+        ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 30),
+        ({"use_sliding_window": False}, 16),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, 16),
+    ],
+    ids=str,
+)
+def test_a_model_of_transformers_with_a_layer_that_sees_all_has_no_window(changes, reach):
+    config = {"model_type": "qwen3", "sliding_window": 16, "num_hidden_layers": 2} | changes
+    assert longrange.reach_of(profile(model={"kind": "auto", "config": config})) == reach
+
+
+def test_rows_that_are_read_without_a_window_are_refused():
+    stages = [{"steps": 2, "context": 128, "long_range": 0.0}, {"steps": 2, "context": 64, "long_range": 0.25}]
+    config = {"sliding_window": 16, "num_hidden_layers": 2, "linear_from": 64}
+    assert longrange.reach_of(profile(curriculum=stages, model={"config": config})) == 30
+    with pytest.raises(ValueError, match=r"64 tokens, and rows of over linear_from 63 are read without a window"):
+        longrange.reach_of(profile(curriculum=stages, model={"config": config | {"linear_from": 63}}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evidence_keeps_the_distance_that_is_asked_for(kind):
+    mix = {"long_range_kinds": {kind: 1}}
+    tasks, ids, answers = rows(big(long_range_distance=30, **mix), 64)
+    assert [task["reach"] for task in tasks] == [30] * len(tasks), "the reach of the model is a least distance too"
+    far_apart = [{"steps": 2, "context": 256, "long_range": 0.25}]
+    apart = profile(curriculum=far_apart, auxiliary={"long_range_tasks": 40, "long_range_distance": 150} | mix)
+    assert far(*rows(apart, 256)).min() > 150 > far(tasks, ids, answers).max()
+
+
+def test_a_distance_that_no_context_has_room_for_is_refused():
+    with pytest.raises(ValueError, match=r"outrun the auxiliary.long_range_distance 50 .*model's, 30"):
+        longrange.generate(profile(auxiliary={"long_range_distance": 50}))
+
+
 def test_the_nearest_record_of_a_name_counts_and_a_question_without_one_is_refused():
     _, ids, answers = rows(big(long_range_kinds={"recall": 1}), 64)
     place = int(np.flatnonzero(answers[0])[0])

@@ -25,23 +25,42 @@ def symbols(a: Auxiliary) -> tuple[range, range]:
     return names, range(names.stop, names.stop + a.long_range_values)
 
 
+def contexts(p: Params) -> list[int]:
+    """Contexts of the stages that ask for tasks; where none does, that of the last."""
+    return [stage.context for stage in p.curriculum if stage.long_range] or [p.curriculum[-1].context]
+
+
 def reach_of(p: Params) -> int:
     """Tokens back that information can travel in the model without summaries: the receptive field of the whole stack,
-    not the window of one layer. A model without a window is held to a quarter of the shortest context.
+    not the window of one layer. A model without a window, or with a layer that has none, is held to a quarter of the
+    shortest context.
 
-    Raises `ValueError` when the depth is unknown.
+    Raises `ValueError` when the depth is unknown, or rows are so long that the model reads them without its window.
     """
     config, ours = p.model.config, p.model.kind == "stack"
     window, layers = (
         config.get("sliding_window", 512 if ours else 0),
         config.get("num_hidden_layers", 48 if ours else 0),
     )
+    if not ours and (
+        config.get("use_sliding_window") is False or set(config.get("layer_types") or ()) - {"sliding_attention"}
+    ):
+        window = 0
     if not window:
         return min(stage.context for stage in p.curriculum) // 4
     if not layers:
         raise ValueError("model.config has a sliding_window but no num_hidden_layers: give it, the reach depends on it")
-    # R = N (w - 1): each of N layers looks w - 1 tokens back       (Jiang et al. 2023, arXiv 2310.06825, sec. 2)
-    return int(layers * (window - 1))
+    pattern, linear_from = config.get("attention_pattern", "sliding"), config.get("linear_from", 65_536)
+    if ours and max(contexts(p)) > linear_from:
+        raise ValueError(
+            f"a stage with long_range has {max(contexts(p))} tokens, and rows of over linear_from {linear_from} are "
+            "read without a window, so that no evidence is beyond reach: give the stage fewer, or raise linear_from"
+        )
+    if ours and pattern == "block":  # from the end of a block to the start of the one before; then from start to start
+        return int(window - 1 + (layers - 1) * (window // 2))
+    # R = sum_l (w - 1) d_l: layer l looks w - 1 times d_l tokens back   (Jiang et al. 2023, arXiv 2310.06825, sec. 2)
+    dilated = {"dilated": layers, "hybrid": layers // 2}.get(pattern, 0) if ours else 0
+    return int((window - 1) * (layers - dilated + dilated * config.get("dilation", 4)))
 
 
 def draw(kind: str, name: str, count: int, a: Auxiliary) -> dict[str, list[int]]:
@@ -78,20 +97,24 @@ def draw(kind: str, name: str, count: int, a: Auxiliary) -> dict[str, list[int]]
 
 
 def generate(p: Params) -> list[dict[str, Any]]:
-    """Tasks in the mix of kinds of the profile, as rows to store. One in eight is held out.
+    """Tasks in the mix of kinds of the profile, as rows to store. One in eight is held out. Their `reach`, which the
+    evidence lies beyond, is that of the model, or `auxiliary.long_range_distance` where it is more.
 
     Raises `ValueError` when a context of the curriculum does not outrun the reach, or there are too few names.
     """
-    a, reach = p.auxiliary, reach_of(p)
-    context = min([stage.context for stage in p.curriculum if stage.long_range] or [p.curriculum[-1].context])
+    a, field, context = p.auxiliary, reach_of(p), min(contexts(p))
+    reach = max(field, a.long_range_distance)
     kinds = {kind: weight for kind, weight in a.long_range_kinds.items() if weight}
     least = a.long_range_hops + ("hops" in kinds) if set(kinds) & set(CHAINED) else 1
     count = min(a.long_range_records, (context - reach) // (2 * PIECE) - 1)
     if count < least:
+        what, or_else = f"receptive field {reach} of the windowed model", "the model fewer layers or a smaller window"
+        if reach > field:
+            what, or_else = f"auxiliary.long_range_distance {reach}", f"a smaller distance (0: the model's, {field})"
         raise ValueError(
-            f"context {context} does not outrun the receptive field {reach} of the windowed model by {least} records: "
-            f"give every stage with long_range {reach + 2 * PIECE * (least + 1)} tokens or more, or the model fewer "
-            "layers or a smaller sliding_window; auxiliary.long_range_records must be as many too"
+            f"context {context} does not outrun the {what} by {least} records: give every stage with long_range "
+            f"{reach + 2 * PIECE * (least + 1)} tokens or more, or {or_else}; auxiliary.long_range_records must be as "
+            "many too"
         )
     tasks, parts = [], np.array(list(kinds.values()))
     lanes, _ = mixing.interleave(parts / parts.sum(), a.long_range_tasks, p.seed, "kinds")

@@ -64,7 +64,7 @@ def violations(model: nn.Module, stream: Stream, n: int, device: torch.device) -
 
 def by_distance(stream: Stream, rows: Batch, right: np.ndarray) -> list[dict[str, float]]:
     """Accuracy, with its interval of 95 %, by distance of the evidence of an answer in tokens: `up_to` the reach of the
-    windowed model, then in four steps to twice that, and so on."""
+    tasks, then in four steps to twice that, and so on."""
     if not len(right):
         return []
     values = longrange.symbols(stream.p.auxiliary)[1]

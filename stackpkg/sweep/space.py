@@ -17,6 +17,8 @@ SPACE = {  # name: lowest, highest of a log-uniform draw, as a multiple of the p
     "objectives.regret": (0.25, 4.0),
     "objectives.z_loss": (0.25, 4.0),
     "objectives.conformance": (0.25, 4.0),
+    "objectives.preference": (0.25, 4.0),
+    "objectives.reading": (0.25, 4.0),
 }  # language modelling is the measure of the others
 
 
