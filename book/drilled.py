@@ -14,11 +14,11 @@ from stackpkg.telemetry import logbook
 FRESH = 90  # days after which a drill has to be done again; book.js holds the same number
 # fault drill (`stackpkg/training/drills.py`) -> the pages that it is a drill of
 FAULTS = {
-    "kill_rank": ("FailureRecovery", "FailureRecoveryProcess"), "kill_job": ("FailureRecoveryJob",),
-    "fewer_ranks": ("FailureRecoveryNode",), "kill_all": ("ResumeSelfTest",), "hang": ("HangDiagnosis",),
+    "kill_rank": ("FailureRecovery", "FailureRecoveryProcess"), "kill_job": ("FailureRecoveryJob", "TrainTargetAbsent"),
+    "fewer_ranks": ("FailureRecoveryNode",), "kill_all": ("ResumeSelfTest",), "hang": ("HangDiagnosis", "TrainStalled"),
     "preempted": ("KillSwitch",), "poison": ("SpikeRollback",), "nan_parameter": ("TrainRolledBack",),
     "nan_gradient": ("TrainNonFinite",), "burst": ("TrainSkippedUpdates",), "spike": ("TrainGradSpike",),
-    "slow_rank": ("SlowRank",),
+    "slow_rank": ("SlowRank",), "disk_full": ("DiskWillFill",),
 }  # fmt: skip
 
 
