@@ -1,5 +1,6 @@
 #!/bin/sh
-# Verify a sealed run without Python: a POSIX shell with its find, grep and sed, coreutils and ssh-keygen.
+# Verify a sealed run without Python: a POSIX shell, tools every Linux has (coreutils, findutils, grep, sed, diffutils)
+# and ssh-keygen. Where git and a repository are, the tags of its sign-offs are read too.
 #   governance/verify.sh RUN_FOLDER TRUST_FOLDER
 # TRUST_FOLDER holds allowed_signers, policy.yaml and revoked_keys; the log of runs, LOG.jsonl, lies beside RUN_FOLDER.
 # Prints one line per problem, `file: reason`; exit status 0 only when every role approved exactly this tree.
@@ -95,6 +96,22 @@ else
         [ -f "$file" ] && [ "$(grep -F "$file " "$work/last" | tail -n 1)" = "$file $(sha256sum <"$file" | cut -d ' ' -f 1)" ] ||
             complain "$file: not what was entered in LOG.jsonl when it was signed"
     done
+fi
+tags() { git -C "$1" tag --list "signoff/$run/*" --format='%(refname:short) %(contents:body)' 2>/dev/null; }
+if told=$(tags "$trust") || told=$(tags ..); then # where the keys lie, else where the log lies
+    [ -z "$told" ] || [ ! -f "$log" ] || while IFS= read -r line || [ -n "$line" ]; do
+        printf '%s\n' "$line" | sha256sum | cut -d ' ' -f 1
+    done <"$log" >"$work/lines"
+    touch "$work/lines"
+    printf '%s\n' "$told" | sed -n '/^signoff\/[^ ]* manifest [0-9a-f]*$/{
+        N
+        s/ manifest [0-9a-f]*\nlog \([0-9a-f]*\)$/ \1/p
+    }' >"$work/tags"
+    while read -r tag entry; do
+        grep -qx "$entry" "$work/lines" || complain "LOG.jsonl: the line that git's tag $tag names is gone"
+    done <"$work/tags"
+else
+    echo "git's tags were not looked at: no git, or no repository around the keys or the log" >&2
 fi
 
 # 4. It was sealed under our policy, and no condition of an earlier sign-off is overdue.

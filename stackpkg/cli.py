@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from stackpkg.runs import RunFolder, root
 from stackpkg.schema import allowed
 
 app = typer.Typer(no_args_is_help=True, help="A training stack: run, inspect, sign, publish.")
+OPEN = ("green", "waived")  # what lets a run through a gate
 COLOUR = {"green": "green", "amber": "yellow", "red": "red", "waived": "yellow"}
 
 for _command in (doctor, *incidents.COMMANDS, *cli_data.COMMANDS, *cli_telemetry.COMMANDS, *cli_governance.COMMANDS):
@@ -109,7 +110,14 @@ def reference(
 
 
 @app.command()
-def status(path: Folder, as_json: AsJson = False) -> None:
+def status(
+    path: Folder,
+    as_json: AsJson = False,
+    require_green: Annotated[
+        bool,
+        typer.Option("--require-green", help="exit status 1 unless each line is green or waived, and the run verifies"),
+    ] = False,
+) -> None:
     """Stages, checklist and sign-offs of a run."""
     from stackpkg import pipeline
     from stackpkg.governance import standing
@@ -126,6 +134,7 @@ def status(path: Folder, as_json: AsJson = False) -> None:
         told["stages"] = [{key: lock.get(key) for key in stage} for lock in locks]
         told["checklist"] = [{key: item.get(key) for key in line} for item in items]
         typer.echo(json.dumps(told, indent=1))
+        _gate(items, found, require_green)
         return
     for lock in locks:
         error = lock.get("error", "").strip().splitlines()  # the last line of a traceback says what was raised
@@ -136,6 +145,19 @@ def status(path: Folder, as_json: AsJson = False) -> None:
         for reason in item["reasons"]:
             typer.echo(f"{'':11}{reason}")
     typer.echo(f"\nsign-offs: {found[0] if found else standing.notice(folder.path) or 'valid'}")
+    _gate(items, found, require_green)
+
+
+def _gate(items: list[dict[str, Any]], problems: list[str], required: bool) -> None:
+    """Where it is required, stop unless every line of the checklist is green or waived and the run verifies."""
+    if not required:
+        return
+    waived = [item["id"] for item in items if item["status"] == "waived"]
+    lines = [f"{item['id']} is {item['status']}: {item['text']}" for item in items if item["status"] not in OPEN]
+    lines += ["there is no checklist yet"] * (not items) + problems
+    if lines:
+        stop("\n".join([*lines, "NOT GREEN"]))
+    typer.echo(f"green, {len(waived)} of {len(items)} waived: {', '.join(waived)}" if waived else "green", err=True)
 
 
 @app.command()

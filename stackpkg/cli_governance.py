@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stackpkg.console import Folder, folder_at, stop, unsealed
+from stackpkg.console import AsJson, Folder, folder_at, stop, unsealed
 
 Role = Annotated[str, typer.Option(help="architecture, infrastructure or safety")]
 Key = Annotated[Path, typer.Option(help="private SSH key of the reviewer")]
@@ -17,17 +18,22 @@ Reviewer = Annotated[str, typer.Option(help="the reviewer's name in governance/a
 def verify(
     path: Folder,
     trust: Annotated[Path | None, typer.Option(help="folder with keys and policy; default governance")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Prove that no byte of the archive changed and that every role signed it; names each file that fails, and why."""
-    from stackpkg.governance import runlog, seal
+    from stackpkg.governance import seal
 
     if not path.is_dir():
         stop(f"{path} is not a run's folder")
     try:
         default, demonstration = seal.trust_for(path.resolve())
-        found = seal.verify(path, trust or default) + runlog.rewritten(path.resolve())
+        found, signers = seal.verify(path, trust or default), seal.signers(path, trust or default) if as_json else []
     except (OSError, RuntimeError) as error:
         stop(error)
+    if as_json:
+        told = {"run": path.resolve().name, "verified": not found, "problems": found, "signers": signers}
+        typer.echo(json.dumps(told | {"notice": seal.LOUD if demonstration else ""}, indent=1))
+        raise typer.Exit(bool(found))
     if found:
         stop("\n".join([*found, f"NOT VERIFIED: {len(found)} problem(s)"]))
     if demonstration:

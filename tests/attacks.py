@@ -11,16 +11,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 from stackpkg import runs
-from stackpkg.governance import seal, statements, terms
+from stackpkg.governance import runlog, seal, statements, terms
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, TABLE = ROOT / "governance/verify.sh", ROOT / "governance/attacks.json"
 VERIFIERS = (
     "governance/verify.sh",
     *(f"stackpkg/governance/{name}.py" for name in ("runlog", "seal", "statements", "terms", "tree")),
+)
+TOOLS = (  # coreutils, then findutils, grep, sed, diffutils and OpenSSH
+    *("base64", "basename", "cat", "comm", "cut", "date", "expr", "head", "mktemp", "realpath", "rm", "sha256sum"),
+    *("sort", "tail", "touch", "tr", "wc", "find", "grep", "sed", "cmp", "ssh-keygen"),
 )
 EVIDENCE, SAFETY = "evidence/40_evaluate.json", "signoffs/safety.json"
 Attack = Callable[[Path, Path], object]  # the run's folder, and the folder of keys to verify with
@@ -50,10 +56,25 @@ def sign_all(folder: Path, **said: object) -> None:
         seal.sign(folder, role, keys / role, role + seal.DEMONSTRATION, **said)
 
 
+@cache
+def tools(*more: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder with links to the tools that the script says it needs, and nothing else but `more`."""
+    place = tempfile.TemporaryDirectory()
+    for name in (*TOOLS, *more):
+        (Path(place.name) / name).symlink_to(shutil.which(name) or f"{name} is not installed")
+    return place
+
+
+def script(folder: Path, trust: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The script, where there are only the tools that it says it needs, and `more`."""
+    command, env = [shutil.which("sh"), SCRIPT, folder, trust], {"PATH": tools(*more).name}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, errors="replace")
+
+
 def verdicts(folder: Path, trust: Path) -> tuple[list[str], list[str]]:
     """What the package and what the script complains of."""
     ours = seal.verify(folder, trust)
-    done = subprocess.run(["sh", SCRIPT, folder, trust], capture_output=True, text=True, check=False, errors="replace")
+    done = script(folder, trust, "git")
     *theirs, last = done.stdout.strip("\n").split("\n")
     assert (done.returncode == 1) == last.startswith("NOT VERIFIED") == bool(theirs), (done.stdout, done.stderr)
     return ours, theirs
@@ -159,6 +180,18 @@ def _(run: Path, trust: Path) -> None:
 def _(run: Path, trust: Path) -> None:
     log = run.parent / "LOG.jsonl"
     log.write_text(log.read_text().replace('"at": "20', '"at": "19', 1))
+
+
+@attack("write the log anew, which git's tags tell", "LOG.jsonl", "the line that git's tag signoff/demo/safety-")
+def _(run: Path, trust: Path) -> None:
+    git = ["git", "-C", run.parent, "-c", "user.name=x", "-c", "user.email=x@y"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "--no-gpg-sign", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    with mock.patch.object(runs, "root", lambda: run.parent):
+        assert runlog.tag(run, "safety", "safety@demonstration.invalid").startswith("tagged ")
+    (run / EVIDENCE).write_text('{"precision_at_k": 0.95}\n')
+    (run.parent / "LOG.jsonl").unlink()
+    sign_all(run)
 
 
 @attack("bring along a policy that asks for less", "approval/policy.yaml", "not the policy to verify with")

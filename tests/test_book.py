@@ -419,6 +419,11 @@ def test_two_runs_are_one_site_that_compares_them_and_switches(two: Path) -> Non
     assert "No checklist yet: bare" in compared and "<code>10_good.duplicates</code>" in compared
     page = (two / "notebooks/good.html").read_text(encoding="utf-8")
     assert '<li><a href="../runs/tiny/notebooks/good.html">tiny</a></li>' in page and book.MARK not in page
+    for archive in (two / "signoff/archive.html", two / "runs/tiny/signoff/archive.html"):
+        table = (
+            archive.read_text(encoding="utf-8").partition('<h2 id="all-runs-of-this-site">')[2].partition("</table>")[0]
+        )
+        assert re.findall(r"<tr><td><code>(\w+)</code></td>", table) == ["bare", "tiny"]
     back = (two / "runs/tiny/notebooks/good.html").read_text(encoding="utf-8")
     assert '<li><a href="../../../notebooks/good.html">bare</a></li>' in back and "<!-- other" not in back
 
@@ -580,25 +585,31 @@ def test_a_long_cell_of_a_table_folds_and_opens(tab, html: Path) -> None:  # typ
 LOOKED_AT = ("index.html", "signoff/checklist.html", "signoff/sign-off-tiny.html", "notebooks/good.html")
 
 
+LANDMARK = re.compile(r"landmark-|region$")
 AXE = {"resultTypes": ["violations"], "iframes": False, "preload": False}  # it fetches nothing, as a page may not
 
 
 def violations(tab, path: Path) -> list[str]:  # type: ignore[no-untyped-def]
-    """What axe-core finds that keeps a reader out: serious and critical. Frames of reports are not our pages."""
+    """What axe-core finds that keeps a reader out: serious and critical, and, whatever it weighs them, text outside of
+    landmarks and landmarks in disorder, by which a screen reader moves. Frames of reports are not our pages."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     tab.goto(path.as_uri())
     found = axe.run(tab, options=AXE).response["violations"]
-    grave = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+    grave = [rule for rule in found if rule["impact"] in ("serious", "critical") or LANDMARK.match(rule["id"])]
     return [f"{path.name}: {rule['id']} at {node['target']}" for rule in grave for node in rule["nodes"]]
 
 
 @pytest.mark.book
 def test_axe_finds_nothing_grave_on_any_page(tab, html: Path, two: Path, parsed: dict[Path, Page]) -> None:  # type: ignore[no-untyped-def]
     assert [line for path in [*parsed, two / "compare.html"] for line in violations(tab, path)] == []
-    tab.set_content("<html lang=en><title>x</title><main><button></button></main>")
-    assert "button-name" in str(
-        pytest.importorskip("axe_playwright_python.sync_playwright").Axe().run(tab, options=AXE).response
-    )
+
+
+@pytest.mark.book
+def test_axe_tells_of_a_bad_button_and_of_bad_landmarks(tab, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    body = "<p>out</p><nav></nav><nav></nav><main><h1>x</h1><button></button></main><main></main>"
+    page = runs.write_text(tmp_path / "bad.html", f"<html lang=en><title>x</title>{body}")
+    found = {line.split()[1] for line in violations(tab, page)}
+    assert found >= {"button-name", "region", "landmark-unique", "landmark-no-duplicate-main"}
 
 
 @pytest.mark.book

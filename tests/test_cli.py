@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from stackpkg import cli, params, pipeline, runs
 from stackpkg.data import curriculum, provenance
-from stackpkg.governance import checklist, seal
+from stackpkg.governance import checklist, seal, standing
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import promotion
 
@@ -59,6 +59,18 @@ def call(*arguments: object) -> Result:
 
 def test_help_names_every_command() -> None:
     assert {"run", "params", "withdraw", "status", "verify", "sign", "book"} <= set(call("--help").output.split())
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    """Asked as bash asks it, after `stackpkg --install-completion`."""
+    shell = {"_STACKPKG_COMPLETE": "source_bash"}
+    script = CliRunner().invoke(cli.app, [], prog_name="stackpkg", env=shell).stdout
+    assert "_STACKPKG_COMPLETE=complete_bash" in script and "complete -o default -F" in script
+    for words, offered in (("stackpkg sta", {"status"}), ("stackpkg status --require", {"--require-green"})):
+        asked = {"_STACKPKG_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        told = CliRunner().invoke(cli.app, [], prog_name="stackpkg", env=asked).stdout
+        assert {*told.split()} == offered
+    assert {"--install-completion", "--show-completion"} <= {*call("--help").stdout.split()}
 
 
 # --- run
@@ -161,6 +173,29 @@ def test_status_says_that_demonstration_keys_approve_nothing(run: Path) -> None:
     assert call("status", run).stdout.splitlines()[-1] == f"sign-offs: {seal.LOUD}"
 
 
+@needs_keys
+def test_a_gate_opens_when_each_line_is_green_or_waived_and_the_run_verifies(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gate(*lines: dict[str, object], problems: tuple[str, ...] = ()) -> Result:
+        monkeypatch.setattr(standing, "live", lambda folder: ([*lines], [*problems]))
+        done = call("status", run, "--require-green", "--json")
+        assert json.loads(done.stdout)["checklist"][: len(lines)] and call("status", run).exit_code == 0
+        assert call("status", run, "--require-green").stderr == done.stderr
+        return done
+
+    assert call("status", run, "--require-green").stderr == "there is no checklist yet\nNOT GREEN\n"
+    green, amber = (ITEM | {"id": name, "status": name, "reasons": []} for name in ("green", "amber"))
+    waived = ITEM | {"id": "V3", "status": "waived"}
+    assert gate(green).exit_code == 0 and gate(green).stderr == "green\n"
+    assert gate(green, waived).exit_code == 0 and gate(green, waived).stderr == "green, 1 of 2 waived: V3\n"
+    done = gate(green, ITEM, waived, amber)
+    assert done.exit_code == 1
+    assert done.stderr == "D1 is red: Curate.\namber is amber: Curate.\nNOT GREEN\n"
+    done = gate(green, problems=("a.json: changed since the seal",))
+    assert done.exit_code == 1 and done.stderr == "a.json: changed since the seal\nNOT GREEN\n"
+
+
 @pytest.mark.parametrize("command", [("status",), ("book",), ("sign", "--role", "x", "--key", "x", "--reviewer", "x")])
 def test_an_unknown_run_names_those_that_are_there(run: Path, command: tuple[str, ...]) -> None:
     done = call(*command, "outbox/dmeo")
@@ -199,6 +234,24 @@ def test_verify_names_the_file_that_changed(run: Path) -> None:
     ]
     path.write_bytes(content)
     assert call("verify", run).exit_code == 0
+
+
+@needs_keys
+def test_verify_tells_a_script_what_is_wrong_and_whose_sign_offs_count(run: Path) -> None:
+    done = call("verify", run, "--json")
+    told = json.loads(done.stdout)
+    assert done.exit_code == 0 and told["verified"] and told["problems"] == [] and told["notice"] == seal.LOUD
+    assert [(each["role"], each["reviewer"], each["decision"]) for each in told["signers"]] == [
+        (role, role + seal.DEMONSTRATION, "approve") for role in seal.ROLES
+    ]
+    assert len({each["key"] for each in told["signers"]}) == 3
+    (run / "signoffs/safety.json.sig").unlink()
+    done = call("verify", run, "--json")
+    told = json.loads(done.stdout)
+    assert done.exit_code == 1 and not told["verified"] and "signoffs/safety.json.sig: missing" in told["problems"]
+    assert [each["role"] for each in told["signers"]] == ["architecture", "infrastructure"]
+    done = call("verify", run, "--json", "--trust", run)
+    assert done.exit_code == 1 and json.loads(done.stdout)["signers"] == []
 
 
 @needs_keys
@@ -272,7 +325,11 @@ def test_a_sign_off_is_tagged_in_git_and_nothing_is_pushed(reviewed: tuple[Path,
     (run.parent / "LOG.jsonl").unlink()
     seal.seal(run)
     told = call("verify", run).stderr
-    assert f"LOG.jsonl: the line that git's tag {name} names is gone" in told, "the log was written anew"
+    gone = f"LOG.jsonl: the line that git's tag {name} names is gone"
+    assert gone in told, "the log was written anew"
+    assert gone in json.loads(call("status", run, "--json").stdout)["problems"], "and so says who reads the status"
+    script = ["sh", ROOT / "governance/verify.sh", run, runs.root() / "governance"]
+    assert gone in subprocess.run(script, capture_output=True, text=True, check=False).stdout
 
 
 @needs_keys

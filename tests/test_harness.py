@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from data_corpus import corpus
+from optional import missing
 from tiny_models import STACK
 from typer.testing import CliRunner
 
@@ -75,7 +76,7 @@ def test_a_run_without_a_promoted_version_is_refused(run: runs.RunFolder, tasks:
     assert said.exit_code == 1 and "nothing of" in said.output
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is an extra")
+@pytest.mark.skipif(missing("lm_eval"), reason="lm-evaluation-harness is an extra")
 def test_a_local_task_is_measured_on_the_promoted_version(run: runs.RunFolder, tasks: Path) -> None:
     arguments = ["lm-eval", str(run.path), "--tasks", str(tasks)]
     said = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)

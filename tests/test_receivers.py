@@ -1,17 +1,18 @@
 """What `telemetry.report_to` sends, read back from what each receiver keeps on the disk, where that is installed.
 
-`pip install mlflow trackio wandb`; TensorBoard, which the lock has, is tested with the launches of `test_training`.
+`pip install mlflow trackio wandb`, as the workflow `slow` does; TensorBoard, which the lock has, is tested with the
+launches of `test_training`.
 """
 
 import json
 import sqlite3
 import struct
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optional import missing
 
 from stackpkg import params, runs
 from stackpkg.telemetry import rows
@@ -73,7 +74,7 @@ def test_a_receiver_keeps_the_loss_of_each_step_below_the_run(
     repository: Path, read: Callable[[Path], list[tuple[int, float]]]
 ) -> None:
     name = read.__name__
-    if not find_spec(name):
+    if missing(name):
         pytest.skip(f"{name} is not installed")
     folder = runs.RunFolder(f"told-{name}")
     parity.prepare(folder.path, profile(name))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from attacks import ATTACKS, ROOT, SAFETY, SCRIPT, TABLE, VERIFIERS, make, sign_all, verdicts
+from attacks import ATTACKS, ROOT, SAFETY, SCRIPT, TABLE, VERIFIERS, make, script, sign_all, verdicts
 
 from stackpkg import params, runs
 from stackpkg.governance import seal, statements
@@ -65,6 +65,25 @@ def test_an_untouched_run_verifies_and_says_that_its_keys_are_demonstrations(run
     done = subprocess.run(["sh", SCRIPT, run, keys(run)], capture_output=True, text=True, check=True, cwd=run.parent)
     assert seal.LOUD in done.stderr
     assert seal.trust_for(run) == (keys(run), True)
+
+
+def test_the_script_needs_no_git_and_says_that_it_did_not_look_at_tags(run: Path) -> None:
+    done = script(run, keys(run))
+    assert done.returncode == 0 and "git's tags were not looked at" in done.stderr, done.stderr
+    assert "not found" not in done.stderr, "a tool that its header does not name"
+    ATTACKS["write the log anew, which git's tags tell"][0](run, keys(run))
+    assert script(run, keys(run)).returncode == 0, "only git could tell"
+    assert "not looked at" not in script(run, keys(run), "git").stderr
+
+
+def test_tags_are_those_around_the_keys_else_around_the_log(
+    run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ATTACKS["write the log anew, which git's tags tell"][0](run, keys(run))
+    away = shutil.copytree(keys(run), tmp_path_factory.mktemp("away") / "trust")
+    assert named(run, Path(away)) == {"LOG.jsonl"}
+    subprocess.run(["git", "init", "-q", away], check=True)
+    assert named(run, Path(away)) == set(), "this repository has no tag of the run"
 
 
 def test_sealing_again_changes_nothing(run: Path) -> None:

@@ -32,6 +32,10 @@ def run(repository: Path) -> Path:
     return folder
 
 
+def names(run: Path) -> list[str]:
+    return [*provenance.named(run / "data", "folder:t")]
+
+
 def test_a_whole_source_is_the_sum_of_its_documents(run: Path) -> None:
     told, ledger = takedown.holders(run, "folder:t"), Ledger(run, "train")
     assert len(told["records"]) == len({*ledger.stream.corpus.records.tolist()}) > 10
@@ -39,6 +43,26 @@ def test_a_whole_source_is_the_sum_of_its_documents(run: Path) -> None:
     assert told["jobs"]["train"]["steps"] == sorted(each)
     assert sum(told["shards"].values()) == len(ledger.stream.corpus.tokens)
     assert "old" in told["jobs"] and "roll back" in told["jobs"]["old"]["unknown"]
+
+
+def test_the_snapshots_a_document_is_in_and_the_newest_that_is_without_it(run: Path) -> None:
+    """Steps count from 0: checkpoint-5 has learned of 0 to 4, and version v2 is what checkpoint-10 was."""
+    home, ledger = run / "checkpoints/train", Ledger(run, "train")
+    first = {name: min((row["step"] for row in ledger.document(name)), default=99) for name in names(run)}
+    runs.write_json(home / "promoted.json", {"10": "v2"})
+    for least, most, held, without in (
+        (0, 4, ["checkpoint-5", "checkpoint-10", "version v2"], ""),
+        (5, 9, ["checkpoint-10", "version v2"], "checkpoint-5"),
+        (10, 19, [], "checkpoint-10"),
+    ):
+        name = next(name for name, step in first.items() if least <= step <= most)
+        job = takedown.holders(run, name)["jobs"]["train"]
+        assert (job["snapshots"], job["newest_without"]) == (held, without), (name, first[name])
+        told = "\n".join(takedown.lines(takedown.holders(run, name)))
+        assert f"snapshots {', '.join(held) or 'none'}" in told and f"without it: {without or 'none'}" in told
+    whole = takedown.holders(run, "folder:t")["jobs"]["train"]
+    assert whole["snapshots"] == ["checkpoint-5", "checkpoint-10", "version v2"] and whole["newest_without"] == ""
+    (home / "promoted.json").unlink()
 
 
 def test_a_document_by_id_and_by_source_is_the_same(run: Path) -> None:

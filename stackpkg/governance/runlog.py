@@ -91,20 +91,27 @@ def until(folder: Path) -> str:
     return "".join(lines[: max(n for n, line in enumerate(lines, 1) if json.loads(line)["run"] == folder.name)])
 
 
-def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["git", *arguments]
+def _git(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", "-C", str(place), *arguments]
     try:
-        return subprocess.run(command, cwd=runs.root(), capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", "git is not installed")
 
 
-def rewritten(folder: Path) -> list[str]:
-    """Git tags of this run's sign-offs that name a line which the log has no more: then it was written anew."""
-    told = _git("tag", "--list", f"signoff/{folder.name}/*", "--format=%(refname:short) %(contents:body)").stdout
-    text = (folder.parent / LOG).read_bytes() if (folder.parent / LOG).is_file() else b""
-    lines = {hashlib.sha256(line).hexdigest() for line in text.splitlines(keepends=True)}
-    tags = re.findall(r"^(signoff/\S+) manifest \w+\nlog (\w+)$", told, re.MULTILINE)
+def rewritten(folder: Path, trusted: Path) -> list[str]:
+    """Git tags of this run's sign-offs that name a line which the log has no more: then it was written anew.
+
+    The tags are those of the repository that the keys lie in, else of the one that the log lies in; without git or
+    a repository there is nothing to say.
+    """
+    query = ("tag", "--list", f"signoff/{folder.name}/*", "--format=%(refname:short) %(contents:body)")
+    told = _git(trusted, *query)
+    if told.returncode:
+        told = _git(folder.parent, *query)
+    tags = re.findall(r"^(signoff/\S+) manifest [0-9a-f]+\nlog ([0-9a-f]+)$", told.stdout, re.MULTILINE)
+    text = (folder.parent / LOG).read_bytes() if tags and (folder.parent / LOG).is_file() else b""
+    lines = {hashlib.sha256(line + b"\n").hexdigest() for line in text.split(b"\n")}
     return [f"{LOG}: the line that git's tag {name} names is gone" for name, line in tags if line not in lines]
 
 
@@ -117,7 +124,7 @@ def tag(folder: Path, role: str, reviewer: str) -> str:
     name = f"signoff/{folder.name}/{role}-{head[:12]}"
     text = f"{role} of {folder.name}\n\nmanifest {runs.digest(folder / 'SHA256SUMS')}\nlog {head}\n"
     who = ["-c", f"user.name={reviewer}", "-c", f"user.email={reviewer}"]
-    done = _git(*who, "tag", "--annotate", "--no-sign", "--message", text, name)
+    done = _git(runs.root(), *who, "tag", "--annotate", "--no-sign", "--message", text, name)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["git gave no reason"])[-1]
         return f"no git tag: {why}"

@@ -23,6 +23,7 @@ __all__ = [
     "prepare",
     "seal",
     "sign",
+    "signers",
     "trust_for",
     "verify",
 ]
@@ -113,10 +114,11 @@ def _judged(path: Path, role: str, folder: Path, trust: Trust) -> tuple[str, lis
     return key, [f"{name}: {problem}" for problem in problems]
 
 
-def _against_signatures(folder: Path, trust: Trust) -> list[str]:
+def _against_signatures(folder: Path, trust: Trust) -> tuple[list[str], list[Path]]:
+    """What is wrong with the sign-offs, and those that count."""
     names = sorted(path.name for path in (folder / "signoffs").glob("*"))
     problems = [f"signoffs/{n}: not a sign-off of {', '.join(ROLES)}" for n in names if not _SLOT.fullmatch(n)]
-    used: set[str] = set()
+    used, counted = set[str](), list[Path]()
     for role in ROLES:
         mine = [found for n in names if (found := _SLOT.fullmatch(n)) and found[1] == role]
         approvals = 0
@@ -126,14 +128,16 @@ def _against_signatures(folder: Path, trust: Trust) -> list[str]:
                 wrong.append(f"signoffs/{name}: signed with a key that has signed before, {key}")
             used |= {key} - {""}
             approvals += not wrong
+            counted += [folder / "signoffs" / name] * (not wrong)
             problems += wrong
         if approvals < trust.quorum[role]:
             problems.append(f"signoffs/{role}.json: {approvals} of {trust.quorum[role]} approvals by {role}")
-    return problems
+    return problems, counted
 
 
 def verify(folder: Path, trusted: Path) -> list[str]:
-    """Every problem as `file: reason`; empty when tree, manifest, log, policy and the approval of every role hold.
+    """Every problem as `file: reason`; empty when tree, manifest, log with its git tags, policy and the approval of
+    every role hold.
 
     `trusted`: a folder outside the run with `allowed_signers` (each line binds a key to roles by `namespaces=`),
     `policy.yaml` and `revoked_keys`; an archive can not bring its own judges.
@@ -141,14 +145,27 @@ def verify(folder: Path, trusted: Path) -> list[str]:
     trust, folder = Trust.read(trusted), folder.resolve()
     if not trust.quorum:
         return list(trust.problems)
-    problems = [*trust.problems, *differences(folder), *runlog.problems(folder)]
+    problems = [*trust.problems, *differences(folder), *runlog.problems(folder), *runlog.rewritten(folder, trusted)]
     problems += [_OTHER_POLICY] * (not _under(folder, trusted))
     told = (folder / terms.CONDITIONS).read_text(errors="replace") if (folder / terms.CONDITIONS).is_file() else ""
     late = [day for day in re.findall(r'^  "open_until": "([0-9-]{10})",?$', told, re.MULTILINE) if day < terms.today()]
     problems += [f"{terms.CONDITIONS}: a condition that was due {day} is open" for day in late]
     if (folder / SUMS).is_file():
-        problems += _against_signatures(folder, trust)
+        problems += _against_signatures(folder, trust)[0]
     return problems
+
+
+def signers(folder: Path, trusted: Path) -> list[dict[str, Any]]:
+    """Whose sign-off counts for the manifest that lies there: role, reviewer, decision, when, and the key's digest."""
+    trust, folder = Trust.read(trusted), folder.resolve()
+    if not trust.quorum or not (folder / SUMS).is_file():
+        return []
+    said = [(path, statements.read(path, statements.SIGNOFF)) for path in _against_signatures(folder, trust)[1]]
+    return [
+        {name: each[name] for name in ("role", "reviewer", "decision", "at", "demonstration")}
+        | {"key": statements.signer(path, each["role"], each["reviewer"], trust)[0]}
+        for path, each in said
+    ]
 
 
 def demonstration_keys(folder: Path) -> Path:
