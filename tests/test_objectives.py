@@ -12,8 +12,10 @@ from tiny_models import DEEPSEEK, MIXTRAL, OLMOE, QWEN, STACK
 
 from stackpkg import params
 from stackpkg.model import build
-from stackpkg.objectives import Composer, StepCounts, bandit, losses, norms, routing
-from stackpkg.objectives.conformance import Conversations
+from stackpkg.model.embedding import embed
+from stackpkg.model.scopes import load
+from stackpkg.objectives import Composer, Pairs, StepCounts, bandit, losses, norms, preference, routing
+from stackpkg.objectives.conformance import Conversations, read
 from stackpkg.objectives.routing import Routed
 
 # ---- language modelling and long range
@@ -204,6 +206,55 @@ def test_router_terms_of_any_mixture(config: dict) -> None:
     cosine = float(torch.cosine_similarity(pulls["regret"], pulls["load_balance"], dim=0))
     assert told["cosine_regret_load_balance"] == pytest.approx(cosine, abs=1e-5)
     assert all(math.isfinite(value) for value in told.values())
+
+
+def beside(model, g: torch.Generator) -> tuple[dict, StepCounts]:
+    """What training hands the composer of a model of transformers: a text with answers, pairs of texts, a preferred and
+    a rejected answer, conversations with a protected scope; and how much of it there is.
+    """
+    ids, texts = torch.randint(1, 64, (3, 14), generator=g), torch.randint(1, 64, (4, 9), generator=g)
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    answers[:2, -3:] = True
+    found = embed(model, torch.randint(1, 64, (12, 8), generator=g), 0).unflatten(0, (-1, 4))
+    pairs = Pairs(found[:, 0], found[:, 1], found[:, 2:], torch.arange(3))
+    asked = preference.stacked({"chosen_ids": texts[:2], "rejected_ids": texts[2:]}, 0)
+    said = preference.answers(model(**asked).logits, asked["input_ids"], torch.tensor([3, 4, 3, 4]), 0)
+    sides = [preference.Answers(said.log_probs[rows], said.tokens[rows]) for rows in (slice(2), slice(2, None))]
+    talk = {
+        "conversation_ids": torch.randint(1, 64, (2, 12), generator=g),
+        "conversation_roles": torch.zeros(2, 12, dtype=torch.long),
+        "conversation_spans": torch.where(torch.arange(12)[:, None] < 6, -1, torch.zeros(2, 12, 4, dtype=torch.long)),
+    }
+    given = {
+        "labels": ids, "answer_mask": answers, "pairs": pairs,
+        "preferences": preference.Preferences(*sides, torch.arange(2)),
+        "conversations": read(model, talk, load(), torch.tensor([7, 9, 30]), 0),
+    }  # fmt: skip
+    return given, StepCounts(ids[:, 1:].numel(), int(answers.sum()), len(ids), 1, 2, 24, 12)
+
+
+OTHERS = ("language_modelling", "long_range", "contrastive", "preference", "conformance")
+
+
+@pytest.mark.parametrize("kind", ["simpo", "orpo"])
+@pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
+def test_every_other_objective_trains_any_mixture(config: dict, kind: str) -> None:
+    """With the heads that training gives a model of transformers, none, each term reaches every layer."""
+    model, off = tiny(config), dict.fromkeys({*OTHERS, *ROUTER}, 0.0)
+    given, counts = beside(model, torch.Generator().manual_seed(1))
+    with routing.record(model) as routed:
+        logits = model(input_ids=given["labels"], use_cache=False).logits
+    for name in OTHERS:
+        weights = params.Objectives(**off | {name: 1.0}, ramp_steps={}, preference_loss=kind)
+        step = Composer(weights).losses(logits, routed=routed, counts=counts, **given)
+        assert {n for n, value in step.weighted.items() if value} == {name}
+        assert step.total.isfinite() and step.total > 0
+        gradients = torch.autograd.grad(step.total, list(model.parameters()), retain_graph=True, allow_unused=True)
+        for (parameter, _), gradient in zip(model.named_parameters(), gradients, strict=True):
+            assert gradient is None or gradient.isfinite().all(), (name, parameter)
+        for layer in range(2):
+            of = [g for (n, _), g in zip(model.named_parameters(), gradients, strict=True) if f"layers.{layer}." in n]
+            assert sum(float(g.abs().sum()) for g in of if g is not None) > 0, (name, layer)
 
 
 @pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
