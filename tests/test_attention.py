@@ -213,6 +213,21 @@ def test_no_output_and_no_gradient_depends_on_a_later_token(mode: dict) -> None:
         assert torch.equal(gradients[0][:, :changed], gradients[1][:, :changed])
 
 
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(str(value) for value in mode.values()))
+def test_no_gradient_comes_from_an_earlier_output_with_several_experts(mode: dict) -> None:
+    """Values can't show it: a changed token changes the number of rows of an expert, and with it how others round. A
+    gradient can: what no path leads to gets 0 times whatever was rounded.
+    """
+    model, length = small(num_experts=4, num_experts_per_tok=2, **mode), 131
+    x = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    logits = model(inputs_embeds=x).logits
+    for first in (1, 16, 50, 97, 128):
+        towards = torch.randn(1, first, 64, generator=torch.Generator().manual_seed(first))
+        (gradient,) = torch.autograd.grad(logits[:, :first], x, towards, retain_graph=True)
+        assert torch.count_nonzero(gradient[:, first:]) == 0, f"outputs before {first} depend on what comes later"
+        assert gradient[:, :first].abs().amax(-1).min() > 0
+
+
 @pytest.mark.parametrize("mode", [*MODES[::4], *MODES[-2:]], ids=str)
 def test_a_packed_document_sees_nothing_of_another(mode: dict) -> None:
     model, lengths, ids = small(**mode).eval(), [37, 5, 60, 29], tokens(1, 131)

@@ -1,6 +1,8 @@
 """Safety conformance: properties of both penalties, and a model with planted violations that unlearns them."""
 
+import copy
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from stackpkg import params
+from stackpkg.model import StackForCausalLM, build
 from stackpkg.model.scopes import ROLES, Scopes, compile, mask, rules
 from stackpkg.objectives.conformance import (
     FLOOR,
@@ -243,8 +247,8 @@ def measured(model: nn.Module) -> dict[str, float]:
     }
 
 
-def train(model: nn.Module, steps: int, weight: float, first: int, clean: bool) -> dict[str, float]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+def train(model: nn.Module, steps: int, weight: float, first: int, clean: bool, lr: float = LR) -> dict[str, float]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for step in range(steps):
         ids, scopes, inside = planted(first + step)
         logits, masses = model(ids, scopes)
@@ -278,6 +282,50 @@ def test_training_on_planted_violations_drives_both_to_zero() -> None:
         assert leaking["violations"] > ROWS / 4
     assert after["mass"] < 0.01 and after["leaking"] < 0.01 and after["p"] < 0.01 and after["violations"] == 0
     assert taught["accuracy"] > 0.95 and after["accuracy"] > 0.95
+
+
+class Reference(nn.Module):
+    """The reference model, told the place of a token, which here is all that tells its role, as `Tiny` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1,
+            "sliding_window": 16, "block_size": 8,
+        }  # fmt: skip
+        self.model = build(params.Model(config=config), 2 * LETTERS + 1, 2 * LETTERS, 2)
+        self.places = nn.Embedding(LENGTH, 32)
+
+    def forward(self, ids: Tensor, scopes: Scopes) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x = self.model.get_input_embeddings()(ids) + self.places.weight
+        out = self.model(inputs_embeds=x, scopes=scopes, output_forbidden_mass=True, use_cache=False)
+        return out.logits, out.forbidden_mass
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Such small products are slower on several threads, much so where others want them too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_reference_model_unlearns_planted_violations_too(one_thread: None) -> None:
+    """Here the mass is what the model itself tells of, and the weight 1. The control reads on what it may not."""
+    torch.manual_seed(1)
+    model = Reference()
+    assert isinstance(model.model, StackForCausalLM)
+    taught = train(model, 120, weight=0.0, first=0, clean=False)
+    control = copy.deepcopy(model)
+    without = train(control, 60, weight=0.0, first=200, clean=True)
+    train(model, 240, weight=1.0, first=200, clean=True, lr=2 * LR)
+    after = train(model, 60, weight=1.0, first=200, clean=True, lr=LR / 5)
+    assert taught["p"] > 0.9 and taught["violations"] == ROWS
+    assert all(reading["mass"] > 0.2 and reading["leaking"] > 0.4 for reading in (taught, without))
+    assert after["mass"] < 0.01 and after["leaking"] < 0.01 and after["p"] < 0.01 and after["violations"] == 0
+    assert after["accuracy"] > 0.95
 
 
 @pytest.mark.parametrize("weight", [0.1, 10.0])

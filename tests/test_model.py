@@ -44,7 +44,8 @@ def test_no_output_depends_on_a_later_token(length: int, data: st.DataObject) ->
         model = small(num_experts=experts, num_experts_per_tok=min(experts, 2)).eval()
         with torch.no_grad():
             before, after = model(input_ids=ids).logits, model(input_ids=other).logits
-        # exactly zero; with several experts a matrix product may round anew when its number of rows changes
+        # exactly zero; with several experts a matrix product may round anew when its number of rows changes: there
+        # it is the gradient that is exactly zero, see test_attention
         error = (before[:, :changed] - after[:, :changed]).abs().max()
         assert error <= (0 if experts == 1 else 1e-6)
         assert not torch.equal(before[:, changed:], after[:, changed:])

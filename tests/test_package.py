@@ -260,7 +260,8 @@ def test_every_loss_has_a_paper_a_function_and_a_test() -> None:
     for loss, paper, function, test in rows:
         module, _, name = function.rpartition(".")
         home, _, case = test.partition(".")
-        assert paper and callable(getattr(importlib.import_module(f"stackpkg.{module}"), name)), loss
+        assert re.search(r"\b(eqs?\.|sec\.|alg\.|ours\b)", paper), f"{loss}: where in the paper, or ours"
+        assert callable(getattr(importlib.import_module(f"stackpkg.{module}"), name)), loss
         assert f"def {case}(" in (ROOT / f"tests/{home}.py").read_text(encoding="utf-8"), f"{loss}: {test}"
     losses = {function.split(".")[-1] for _, _, function, _ in rows}
     source = (ROOT / "stackpkg/objectives/losses.py").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.distributed.fsdp import _get_fsdp_policy_kwargs
 from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
@@ -125,3 +126,57 @@ def test_recomputed_layers_repeat_their_dropout(every: int) -> None:
     other(input_ids=row, labels=row).loss.backward()
     assert torch.equal(*grads)
     assert not torch.equal(grads[0], torch.cat([p.grad.flatten() for p in other.parameters()]))  # dropout was on
+
+
+# ---- what a loss of one's own weighs in the stock Trainer
+
+
+def router_norm(folder: str, accumulation: int = 1) -> float:
+    """The gradient of a router after a step of the stock Trainer whose rows are all the same and whose only loss is the
+    auxiliary one that the model adds: a mean, so neither micro-batches nor ranks should change it.
+    """
+    row = torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(1))
+    norms = []
+
+    class Gate(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: object, model: nn.Module, **__: object) -> None:
+            found = [p.grad.flatten() for n, p in model.named_parameters() if "mlp.gate." in n]
+            norms.append(float(torch.cat(found).norm()))
+
+    model = tiny(QWEN)
+    model.config.output_router_logits, model.router_aux_loss_coef = True, 0.1
+    model.loss_function = lambda logits, *_, **__: logits.sum() * 0.0
+    arguments = TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, max_steps=1,
+        learning_rate=0.0, max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row}] * 8
+    Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Gate()]).train()
+    assert len(norms) == 1 and norms[0] > 0
+    return norms[0]
+
+
+def router_norm_of_two(rank: int, ranks: int, store: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    group(rank, store, ranks)
+    norm = router_norm(store + "-out")
+    if rank == 0:
+        Path(store + "-norm").write_text(repr(norm))
+    layout.leave()
+
+
+def test_the_stock_trainer_multiplies_an_auxiliary_loss_by_the_accumulation_steps(tmp_path: Path) -> None:
+    """transformers 5.23.0, `Trainer.training_step` leaves out the division that cross-entropy had already; no thread
+    upstream that we know. Round it: `Composer`, whose terms are sums over the units of the whole step.
+    """
+    assert router_norm(str(tmp_path), 4) / router_norm(str(tmp_path)) == pytest.approx(4.0, rel=1e-3)
+
+
+def test_the_stock_trainer_multiplies_an_auxiliary_loss_by_the_world_size(tmp_path: Path) -> None:
+    """transformers 5.23.0, `Trainer.compute_loss` multiplies all that the model returns by the number of processes:
+    huggingface/transformers#48690. Round it: `Composer`, as above.
+    """
+    spawn(router_norm_of_two, 2, str(tmp_path / "store"))
+    two = float((tmp_path / "store-norm").read_text())
+    assert two / router_norm(str(tmp_path)) == pytest.approx(2.0, rel=1e-3)

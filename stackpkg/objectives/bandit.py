@@ -16,6 +16,9 @@ BUCKETS = 1024  # of labels by number modulo this: exact baselines for a vocabul
 def reward(losses: Tensor, baseline: Tensor, spread: Tensor) -> Tensor:
     """Improvement of token losses on what such tokens usually cost, in [0, 1]; 1/2 is no improvement. Any one shape;
     `baseline` and `spread` (two standard deviations to either side are told apart) in nats.
+
+    The scale is ours: EXP3 (Auer et al. 2002, sec. 2) asks for rewards in [0, 1] and losses have no bound. Taken from a
+    baseline, as in REINFORCE (Williams 1992), so that an expert does not earn by getting the easy tokens.
     """
     # r = clip(1/2 + (b - l) / (4 sigma), 0, 1)
     return (0.5 + (baseline - losses) / (4 * spread)).clamp(0, 1)

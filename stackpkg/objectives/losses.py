@@ -14,19 +14,24 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Next-token cross-entropy of each position, nats. logits [b, L, vocab], labels [b, L], -100 where not trained
-    -> [b, L]; entry t is the loss of label t + 1, and 0 where there is none.
+    """Next-token cross-entropy of each position, nats (GPT: Radford et al. 2018, eq. 1). logits [b, L, vocab], labels
+    [b, L], -100 where not trained -> [b, L]; entry t is the loss of label t + 1, and 0 where there is none. Each is
+    >= 0, log vocab where the logits are all alike, and without bound as the probability of the label nears 0.
     """
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
     # l_t = -log softmax(z_t)[y_(t+1)]
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), reduction="none", ignore_index=-100)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    flat = F.cross_entropy(exact.flatten(0, 1), shifted.flatten(), reduction="none", ignore_index=-100)
     return flat.view_as(labels)
 
 
 def long_range(tokens: Tensor, answer_mask: Tensor) -> Tensor:
-    """Sum of `token_losses` over answers that need what lies outside the window (recall: Zoology, arXiv 2312.04927).
+    """Sum of `token_losses` over answers that need what lies outside the window; each answer's is >= 0, so the sum is
+    between 0, also without answers, and that of all `tokens`.
 
-    `answer_mask` [b, L] is aligned with the labels, true where the label is an answer token.
+    `answer_mask` [b, L] is aligned with the labels, true where the label is an answer token. The choice of the tokens
+    is ours: Zoology (arXiv 2312.04927) finds most of what efficient models lack in recall, but trains on it apart;
+    here the same tokens are weighted beside language modelling.
     """
     # sum_t l_t 1[y_(t+1) is an answer]
     return (tokens[:, :-1] * answer_mask[:, 1:]).sum()
@@ -69,8 +74,10 @@ def info_nce(
 
 
 def balance_divergence(usage: Tensor) -> Tensor:
-    """KL from uniform of each layer's running usage u [layers, experts], in nats -> [layers]; 0 when balanced,
-    log E when one expert takes all. Per layer: a mean over layers first would hide layers that collapse apart.
+    """KL from uniform of each layer's running usage u [layers, experts], in nats -> [layers], each in [0, log E]: 0
+    when balanced, log E when one expert takes all. Per layer: a mean over layers first would hide layers that collapse
+    apart. A divergence in place of Switch's product of shares (arXiv 2101.03961, eq. 4) is ours: it is convex in the
+    usage, does not depend on k, and its end points are known.
     """
     # KL(u || uniform) = sum_e u_e log(E u_e)
     return torch.special.xlogy(usage, usage * usage.shape[-1]).sum(-1)
@@ -90,7 +97,10 @@ def load_balance(gate: Tensor, usage: Tensor) -> Tensor:
 
 
 def gate_entropy(gate: Tensor, target: float) -> Tensor:
-    """Sum over positions of the squared distance of one layer's normalised gate entropy to `target`, both in [0, 1]."""
+    """Sum over positions of the squared distance of one layer's normalised gate entropy to `target`, both in [0, 1]; so
+    is each position's. gate [positions, experts] probabilities, of 2 experts or more. Ours: a bonus on entropy has no
+    end but the even gate, which chooses nothing; a target keeps the gate between that and one that never explores.
+    """
     # h(x) = -sum_e p_e log p_e / log E ;  sum_x (h(x) - h*)^2
     entropy = torch.special.entr(gate.clamp_min(1e-9)).sum(-1) / math.log(gate.shape[-1])
     return (entropy - target).square().sum()
@@ -101,4 +111,4 @@ def z_loss(logits: Tensor) -> Tensor:
     all logits shift, which a softmax does not see, and keeps them where low precision is fine.
     """
     # sum_x (log sum_e e^(l_e(x)))^2   (ST-MoE, arXiv 2202.08906, eq. 5)
-    return logits.float().logsumexp(-1).square().sum()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().sum()

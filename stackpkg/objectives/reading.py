@@ -51,6 +51,8 @@ def said(logits: Tensor, batch: Mapping[str, Tensor], pad_id: int) -> Reading:
 
 
 def reading(said: Reading) -> Tensor:
-    """Sum over the tokens of the documents, nats (retrieval-augmented modelling: RETRO, arXiv 2112.04426, eq. 1)."""
+    """Sum over the tokens of the documents, nats (retrieval-augmented modelling: RETRO, arXiv 2112.04426, eq. 1). Each
+    token's is >= 0 and has no upper bound, as in `token_losses`; 0 without tokens.
+    """
     # sum_t -log p(x_t | x_(<t), retrieved records)
     return token_losses(said.logits, said.labels).sum()
