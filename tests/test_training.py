@@ -450,12 +450,25 @@ def test_the_results_are_ordinary_folders_of_transformers(lab: RunFolder, alone,
     assert files == {".json", ".safetensors"}  # nothing that unpickles when it is opened
 
 
-def test_attention_is_that_of_all_heads_whoever_holds_them(lab: RunFolder, alone) -> None:
+@pytest.fixture(scope="module")
+def split(lab: RunFolder) -> dict[str, Any]:
     p = profile(2)
-    split = p.model_copy(update={"layout": p.layout.model_copy(update={"fsdp": 1, "tp": 2})})
-    run(lab, split=Job(split, [NAN], steps=4))
+    layout = p.layout.model_copy(update={"fsdp": 1, "tp": 2})
+    return run(lab, split=Job(p.model_copy(update={"layout": layout}), [NAN]))["split"]
+
+
+@pytest.mark.parametrize("name", ["two", "split"])
+def test_the_average_of_the_weights_is_that_of_one_process(lab: RunFolder, alone, spread, split, name: str) -> None:
+    assert split["ema_updates"] == alone["one"]["ema_updates"] == STEPS - 1, "not of the step that was skipped"
+    mine, whole = weights(lab, name, "final_ema"), weights(lab, "one", "final_ema")
+    torch.testing.assert_close(mine, whole, rtol=0, atol=1e-6)
+    raw = weights(lab, "one")
+    assert max(float((whole[each] - raw[each]).abs().max()) for each in raw) > 5e-4, "the average is no copy"
+
+
+def test_attention_is_that_of_all_heads_whoever_holds_them(lab: RunFolder, alone, split) -> None:
     names = ["attention_entropy_mean", "attention_entropy_std", "masked_edge_share", "kv_ratio"]
-    one, two = (history(lab, name).loc[:4] for name in ("one", "split"))
+    one, two = (history(lab, name) for name in ("one", "split"))
     measured = one.attention_entropy_mean.notna()
     assert measured.any() and (two.attention_entropy_mean.notna() == measured).all()
     left, right = (table.loc[measured, names].astype(float) for table in (one, two))
