@@ -17,12 +17,6 @@ GAP = 0.07  # between panels, as a share of the figure
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
 
 
-def bundle(figure: Figure) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What IPython adds to the picture of `figure`: nothing, unless it holds lines over numbers and nothing else."""
-    drawn = twin(figure)
-    return ({KIND: drawn} if drawn else {}), {}
-
-
 def twin(figure: Figure) -> dict[str, Any] | None:
     """The lines of `figure` as traces of plotly; None where something else is drawn, or more than `MOST` numbers."""
     if not figure.axes or not all(map(_told, figure.axes)):

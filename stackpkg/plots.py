@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -24,9 +25,7 @@ def use_style() -> None:
     what JupyterLab draws itself."""
     pd.set_option("display.max_colwidth", 110)
     if shell := get_ipython():
-        words = shell.display_formatter.formatters["text/plain"]
-        words.for_type(Figure, lambda figure, printer, cycle: printer.text(describe(figure)))
-        shell.display_formatter.mimebundle_formatter.for_type(Figure, interactive.bundle)
+        shell.display_formatter.mimebundle_formatter.for_type(Figure, _beside)
     mpl.rcParams.update(
         {
             "figure.figsize": (7.0, 3.0),
@@ -41,6 +40,13 @@ def use_style() -> None:
             "font.size": 9.5,
         }
     )
+
+
+def _beside(figure: Figure) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a notebook keeps beside the picture. A formatter of plain text would not last: with its first figure
+    the inline backend takes away each kind's formatter of figures; that of whole bundles stays."""
+    drawn = interactive.twin(figure)
+    return {"text/plain": describe(figure)} | ({interactive.KIND: drawn} if drawn else {}), {}
 
 
 def describe(figure: Figure) -> str:

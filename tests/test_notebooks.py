@@ -19,7 +19,7 @@ import pytest
 import yaml
 from nbformat import NotebookNode
 
-from stackpkg import params, pipeline, runs
+from stackpkg import interactive, params, pipeline, runs
 from stackpkg.governance import checklist, seal
 
 ROOT = Path(__file__).parents[1]
@@ -346,6 +346,16 @@ def test_each_kind_of_spreading_was_launched(smoke: Smoke) -> None:
     found = smoke.folder.evidence("21_launch_distributed")
     assert (found["kinds_launched"], found["kinds_refused"]) == (3, 0)
     assert 0 < found["kinds_max_difference"] < 1e-4
+
+
+@pytest.mark.pipeline
+def test_each_figure_carries_its_words(smoke: Smoke) -> None:
+    outputs = [(path.name, output.get("data", {})) for path in smoke.folder.matches("nb/*.ipynb")
+               for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]  # fmt: skip
+    figures = [(name, data["text/plain"]) for name, data in outputs if "image/png" in data]
+    assert len(figures) > 20 and not [said for said in figures if said[1].startswith("<Figure")]
+    drawn = {name for name, data in outputs if interactive.KIND in data}
+    assert drawn >= {"31_train.ipynb", "40_evaluate.ipynb", "50_watch_telemetry.ipynb"}
 
 
 @pytest.mark.pipeline
