@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 
-from stackpkg import runs
+from stackpkg import interactive, runs
 from stackpkg.governance import checklist
 
 CARRIED = ("evidence/*.json", "signoffs/*", "checklist.yaml", "SHA256SUMS")
@@ -86,6 +86,8 @@ def _stage(book: Path, folder: Path, source: Path) -> None:
         notebook = nbformat.read(path, as_version=4)
         banner = "papermill-error-cell-tag"  # its anchor is the same in every notebook; the theme marks the cell itself
         notebook.cells = [cell for cell in notebook.cells if banner not in cell.metadata.get("tags", [])]
+        for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+            output.get("data", {}).pop(interactive.KIND, None)  # the page shows the picture beside it
         nbformat.write(notebook, source / "notebooks" / name)
     copies = {path: source / "archive" for pattern in CARRIED for path in folder.glob(pattern)}
     named = {folder / name for item in checklist.read(folder) for name in item["files"]}

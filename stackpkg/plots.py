@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -13,16 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from stackpkg import interactive
+
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774")
 
 
 def use_style() -> None:
     """Figure size 7 x 3 inches on an opaque white sheet, so that axes stay readable when the page is dark; tables that
-    show where a text comes from to its end; in a notebook the words of `describe` beside each figure."""
+    show where a text comes from to its end; in a notebook the words of `describe` beside each figure, and of lines
+    what JupyterLab draws itself."""
     pd.set_option("display.max_colwidth", 110)
     if shell := get_ipython():
-        words = shell.display_formatter.formatters["text/plain"]
-        words.for_type(Figure, lambda figure, printer, cycle: printer.text(describe(figure)))
+        shell.display_formatter.mimebundle_formatter.for_type(Figure, _beside)
     mpl.rcParams.update(
         {
             "figure.figsize": (7.0, 3.0),
@@ -37,6 +40,13 @@ def use_style() -> None:
             "font.size": 9.5,
         }
     )
+
+
+def _beside(figure: Figure) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a notebook keeps beside the picture. A formatter of plain text would not last: with its first figure
+    the inline backend takes away each kind's formatter of figures; that of whole bundles stays."""
+    drawn = interactive.twin(figure)
+    return {"text/plain": describe(figure)} | ({interactive.KIND: drawn} if drawn else {}), {}
 
 
 def describe(figure: Figure) -> str:

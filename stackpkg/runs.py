@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -159,14 +159,16 @@ class RunFolder:
         return [self.path / name for name in sorted(found, key=by_number)]
 
     def inputs(self, *patterns: str) -> DataFrame:
-        """What a stage reads. Literal patterns only: the runner reads them from the source to know when to re-run."""
-        return self._table(patterns, "is missing: run the notebook that makes it first (its number is lower)")
+        """What a stage reads. Literal patterns only: the runner reads them from the source to know when to re-run.
+        Executed copies, in `nb/`, are kept by the runner alone: who steps through the notebooks may have none."""
+        due = [name for name in patterns if not name.startswith("nb/") or self.matches(name)]
+        return self._table(due, "is missing: run the notebook that makes it first (its number is lower)")
 
     def outputs(self, *patterns: str) -> DataFrame:
         """What a stage wrote. Literal patterns only: the runner re-runs the stage when one changed or is gone."""
         return self._table(patterns, "was not written by this notebook")
 
-    def _table(self, patterns: tuple[str, ...], complaint: str) -> DataFrame:
+    def _table(self, patterns: Iterable[str], complaint: str) -> DataFrame:
         rows = []
         for pattern in patterns:
             found = self.matches(pattern)

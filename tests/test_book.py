@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from stackpkg import book, runs
+from stackpkg import book, interactive, runs
 from stackpkg.governance import checklist
 from stackpkg.params import Params
 from stackpkg.telemetry import logbook
@@ -192,6 +192,7 @@ def place(repository: Path) -> Path:
     )
     frame = "<iframe src='../outbox/tiny/eval/epoch_001.html' width='100%' height='300'></iframe>"
     wide = "<table><tr><td>" + EVIL + "wide " * 9000 + "</td></tr></table>"
+    twin = {interactive.KIND: {"data": [{"x": [1] * 9000}]}, "image/png": PIXEL, "text/plain": "loss over step"}
     banner = {"metadata": {"tags": ["papermill-error-cell-tag"]}}
     stopped = [new_markdown_cell(f"<span id='papermill-error-cell'>stopped {i}</span>", **banner) for i in range(2)]
     stages = {
@@ -200,6 +201,7 @@ def place(repository: Path) -> Path:
             new_code_cell("x = 1\n" * 30, outputs=[new_output("stream", name="stdout", text=EVIL)]),
             new_code_cell("zebra", outputs=[display(text_html=wide)]),
             new_code_cell("plot", outputs=[display(image_png=PIXEL), display(text_html=frame + EVIL)]),
+            new_code_cell("twin", outputs=[new_output("display_data", twin)]),
             new_code_cell("assert True", metadata={"tags": ["accept"]}),
         ),
         "20_bad": executed("Bad", stopped[0], new_code_cell("assert loss < 2", outputs=[boom])),
@@ -291,6 +293,12 @@ def test_nothing_is_loaded_from_elsewhere_and_no_script_is_inline(parsed: dict[P
             assert tag != "script" or re.fullmatch(r"(\.\./)*assets/\w+\.js", attributes.get("src", "")), path.name
             assert tag != "img" or not attributes["src"].endswith("x"), f"{path.name}: an output's image got through"
     assert not re.search(r"url\(|@import|http", (html / "assets/book.css").read_text(encoding="utf-8"))
+
+
+def test_of_a_figure_drawn_twice_the_book_has_the_picture_and_its_words(html: Path) -> None:
+    assert 'alt="loss over step"' in (html / "notebooks/good.html").read_text(encoding="utf-8")
+    for path in (path for path in html.rglob("*") if path.is_file()):
+        assert b"vnd.plotly" not in path.read_bytes(), f"{path.name} holds what only JupyterLab draws"
 
 
 def test_the_state_of_a_stage_comes_from_its_lock_and_is_loud(html: Path) -> None:

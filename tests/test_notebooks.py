@@ -19,7 +19,7 @@ import pytest
 import yaml
 from nbformat import NotebookNode
 
-from stackpkg import params, pipeline, runs
+from stackpkg import interactive, params, pipeline, runs
 from stackpkg.governance import checklist, seal
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +117,18 @@ def test_the_declared_part_of_a_valid_profile_is_valid(name: str, profile: str) 
     declared = params.assigned(code(name)[0].source)
     part = params.validate({key: value for key, value in p.model_dump(mode="json").items() if key in declared})
     assert {key: getattr(part, key) for key in declared} == {key: getattr(p, key) for key in declared}
+
+
+OF_ITS_OWN = {"run": "what JupyterLab's reader makes is theirs, and no run of the profile is overwritten by it"}
+
+
+@every
+def test_run_all_gets_the_numbers_of_the_smoke_profile(name: str) -> None:
+    """Only the profile is run to its end each time; defaults that differ from it would fail where nobody looks."""
+    given, profile = params.assigned(code(name)[0].source), params.load(ROOT / "params/smoke.yaml")
+    made = params.validate(given)
+    differing = {key for key in given if getattr(made, key) != getattr(profile, key)}
+    assert differing == set(OF_ITS_OWN), f"differs from params/smoke.yaml: {sorted(differing - set(OF_ITS_OWN))}"
 
 
 @every
@@ -339,6 +351,16 @@ def test_each_kind_of_spreading_was_launched(smoke: Smoke) -> None:
 
 
 @pytest.mark.pipeline
+def test_each_figure_carries_its_words(smoke: Smoke) -> None:
+    outputs = [(path.name, output.get("data", {})) for path in smoke.folder.matches("nb/*.ipynb")
+               for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]  # fmt: skip
+    figures = [(name, data["text/plain"]) for name, data in outputs if "image/png" in data]
+    assert len(figures) > 20 and not [said for said in figures if said[1].startswith("<Figure")]
+    drawn = {name for name, data in outputs if interactive.KIND in data}
+    assert drawn >= {"31_train.ipynb", "40_evaluate.ipynb", "50_watch_telemetry.ipynb"}
+
+
+@pytest.mark.pipeline
 def test_evidence_is_strict_json_of_every_notebook(smoke: Smoke) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -453,3 +475,20 @@ def test_papermill_with_a_misspelt_key_stops_and_names_the_right_one(untouched: 
     done = papermill(tmp_path, source, "out.ipynb", "-f", profile(tmp_path, optimization={"warmup": 2}))
     assert done.returncode != 0
     assert "optimization.warmup: unknown key; did you mean 'warmup_steps'?" in done.stderr
+
+
+@pytest.mark.slow
+def test_run_all_from_a_clean_state_works_on_every_notebook_in_turn(tmp_path: Path) -> None:
+    """Without a profile, as who opens JupyterLab does it; in a copy, so that a run of the reader's stays."""
+    place = tmp_path / "copy"
+    left = shutil.ignore_patterns(".*", "__pycache__", "_build", "outbox")
+    shutil.copytree(ROOT, place, ignore=left)
+    environment = os.environ | {"PYTHONPATH": str(place), "DO_NOT_TRACK": "1"}
+    for name in NOTEBOOKS:
+        command = [Path(sys.executable).with_name("papermill"), f"{name}.ipynb", tmp_path / f"{name}.ipynb"]
+        cwd = place / "notebooks"  # where JupyterLab starts a kernel
+        done = subprocess.run(
+            [*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
+    assert {path.stem for path in (place / "outbox/lab/evidence").glob("*.json")} == set(NOTEBOOKS)

@@ -173,6 +173,13 @@ def test_a_missing_input_says_which_and_what_to_do(folder: runs.RunFolder) -> No
         folder.outputs("data/b.json")
 
 
+def test_executed_copies_are_read_where_the_runner_kept_them_and_missed_by_nobody(folder: runs.RunFolder) -> None:
+    runs.write_text(folder / "data/a.json", "1")
+    assert folder.inputs("nb/[0-5]*.ipynb", "data/a.json")["path"].tolist() == ["data/a.json"]
+    runs.write_text(folder / "nb/10_x.ipynb", "{}")
+    assert folder.inputs("nb/[0-5]*.ipynb", "data/a.json")["path"].tolist() == ["nb/10_x.ipynb", "data/a.json"]
+
+
 def test_evidence_is_read_back(folder: runs.RunFolder) -> None:
     folder.record("10_x", documents=3, share=float("nan"))
     assert folder.evidence("10_x") == {"documents": 3, "share": "NaN"}
