@@ -25,7 +25,7 @@ from stackpkg import params, runs, sharddrill
 from stackpkg.data.ledger import Ledger
 from stackpkg.runs import read_json
 from stackpkg.telemetry import guard, rules
-from stackpkg.training import drills, faults, parity
+from stackpkg.training import drills, faults, parity, promotion
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -213,6 +213,11 @@ def withdraw(lab: Lab, done: dict[str, tuple[int, str]]) -> None:
     assert good and int(good[1] or 0) <= 9
     lab.given[STEP] = f"STEP={good[1] or 0}"
     done[key(act)] = lab.type(act)
+    artifacts = lab.run / "artifacts"
+    assert promotion.promote(artifacts, lab.home / "final", "v1", {}, [])
+    block = page("DataWithdrawal", having="stackpkg demote")
+    done[key(block)] = lab.type(block)
+    assert promotion.registry(artifacts)["current"] is None, done[key(block)]
     block = page("DataWithdrawal", having="stackpkg rollback")
     code, again = lab.type(block)
     assert code == 0, again
