@@ -25,6 +25,7 @@ def use_style() -> None:
     what JupyterLab draws itself."""
     pd.set_option("display.max_colwidth", 110)
     if shell := get_ipython():
+        plt.switch_backend(mpl.get_backend())  # now: set up within an `rc_context`, it would show no figure ever after
         shell.display_formatter.mimebundle_formatter.for_type(Figure, _beside)
     mpl.rcParams.update(
         {

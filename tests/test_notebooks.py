@@ -352,8 +352,13 @@ def test_each_kind_of_spreading_was_launched(smoke: Smoke) -> None:
 
 @pytest.mark.pipeline
 def test_each_figure_carries_its_words(smoke: Smoke) -> None:
-    outputs = [(path.name, output.get("data", {})) for path in smoke.folder.matches("nb/*.ipynb")
-               for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]  # fmt: skip
+    cells = [(path.name, cell) for path in smoke.folder.matches("nb/*.ipynb") for cell in nbformat.read(path, 4).cells]
+    outputs = [(name, output.get("data", {})) for name, cell in cells for output in cell.get("outputs", [])]
+    begun = [
+        (name, cell) for name, cell in cells if re.search(r"^[\w, ()]+ = plt\.(subplots|figure)", cell.source, re.M)
+    ]
+    lost = [f"{name}: {cell.source}" for name, cell in begun if "image/png" not in str(cell.get("outputs"))]
+    assert len(begun) > 10 and not lost, lost
     figures = [(name, data["text/plain"]) for name, data in outputs if "image/png" in data]
     assert len(figures) > 20 and not [said for said in figures if said[1].startswith("<Figure")]
     drawn = {name for name, data in outputs if interactive.KIND in data}
