@@ -182,7 +182,7 @@ def corrupt(lab: Lab, done: dict[str, tuple[int, str]]) -> None:
     back = int(good[1]) if good else 0
     assert first and back <= int(first[1]) and "damaged tokens: 1" in said, said
     lab.given[STEP] = f"STEP={back}"
-    for having in ("stackpkg rollback", "stackpkg rows"):
+    for having in ("stackpkg rollback", "stackpkg run params", "stackpkg rows"):
         block = page("CorruptedShardRollback", having=having)
         done[key(block)] = lab.type(block)
     rows = [line.split() for line in done[key(block)][1].splitlines()[1:]]
