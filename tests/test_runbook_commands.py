@@ -167,7 +167,7 @@ def kill(lab: Lab, done: dict[str, tuple[int, str]]) -> None:
 
 
 def corrupt(lab: Lab, done: dict[str, tuple[int, str]]) -> None:
-    """CorruptedShardRollback and its rollback block, which most pages share: all in the order of the page."""
+    """CorruptedShardRollback, in the order of the page."""
     file, offset = sharddrill.victim(Ledger(lab.run, "train").stream)
     shard = lab.run / file
     lab.given = {"SHARD=0123456789abcdef": f"SHARD={shard.stem}"}
@@ -218,8 +218,8 @@ def withdraw(lab: Lab, done: dict[str, tuple[int, str]]) -> None:
     block = page("DataWithdrawal", having="stackpkg demote")
     done[key(block)] = lab.type(block)
     assert promotion.registry(artifacts)["current"] is None, done[key(block)]
-    block = page("DataWithdrawal", having="stackpkg rollback")
-    code, again = lab.type(block)
+    block = page("DataWithdrawal", having="stackpkg rollback")  # most pages share it
+    done[key(block)] = code, again = lab.type(block)
     assert code == 0, again
     after = lab.type(look)[1]
     assert not re.search(r"step \d+ ", after) or "step 9 " not in after, after
