@@ -38,6 +38,7 @@ def test_the_job_goes_on_as_it_should(seen: dict[str, dict[str, Any]], name: str
         return
     rungs = len({*drill.went} & {*recovery.RUNGS[1:]})  # each after so many bad steps, which are trained again too
     again = drills.EVERY * (row["attempts"] - 1) + (recovery.MAX_CONSECUTIVE_SKIPS - 1) * rungs
+    again += name == "disk_full"  # that a save failed is agreed on after the row of the step behind it
     assert row["steps"] == STEPS and row["again"] <= again
     assert math.isfinite(row["loss_difference"]) and abs(row["loss_difference"]) < 0.1
     assert not drill.same or row["loss_difference"] == 0.0
