@@ -135,10 +135,10 @@ def lock_of(folder: RunFolder, stage: str) -> dict[str, Any]:
 def reason_to_run(stage: Stage, p: Params, folder: RunFolder) -> str:
     """Why the stage must run; empty when what it left is still valid."""
     lock = lock_of(folder, stage.name)
-    if lock["state"] == "running":  # this process holds the run
+    if lock["state"] in ("cut off", "running"):  # running: this process holds the run, and the one that ran it died
         return "was cut off"
     if lock["state"] != "ok":
-        return {"cut off": "was cut off", "failed": "failed before"}.get(lock["state"], lock["state"])
+        return {"failed": "failed before"}.get(lock["state"], lock["state"])
     if not (folder.path / "nb" / f"{stage.name}.ipynb").exists():
         return "its executed notebook is gone"
     if not isinstance(lock["key"], dict):

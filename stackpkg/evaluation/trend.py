@@ -55,11 +55,11 @@ def write(trend: pd.DataFrame, promoted: Mapping[str, float], pages: Iterable[st
     """`trend` has a row of numbers for each epoch; `pages` are the epochs' own, as links from `path`."""
     drawn = []
     for name in PANELS:
-        figure = panel(trend, name, promoted)  # not below: a notebook's first figure sets up how it shows figures
-        plt.close(figure)
-        if not figure.axes[0].lines:
-            continue
         with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}), io.StringIO() as buffer:
+            figure = panel(trend, name, promoted)
+            plt.close(figure)
+            if not figure.axes[0].lines:
+                continue
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
             svg = buffer.getvalue()
         shown = f'<figure role="img" aria-label="{name} over {len(trend)} epochs; its numbers are in the table">'

@@ -150,7 +150,9 @@ def drill_down(history: pd.DataFrame) -> list[Panel]:
 def _chart(panel: Panel) -> timeseries.Panel:
     made = timeseries.Panel().title(panel.title).description(panel.description).unit(panel.unit).span(8).height(7)
     names = " ".join(f"{label} {{{{{label}}}}}" for label in panel.by) or "{{__name__}}"
-    asked = panel.expression.replace('run=~"$run"', 'run=~"$run",layer=~"$layer"' if panel.by else 'run=~"$run"')
+    asked = panel.expression
+    if panel.by:
+        asked = asked.replace('run=~"$run"', 'run=~"$run",layer=~"$layer"')
     query = prometheus.Dataquery().expr(asked).legend_format(f"{{{{run}}}} {names}")
     made.datasource(DataSourceRef(type_val="prometheus", uid="${source}")).with_target(query)
     if panel.kpi and panel.target is not None:

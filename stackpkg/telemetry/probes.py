@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from stackpkg.model import StackForCausalLM
 from stackpkg.model.modeling import by_layer
+from stackpkg.model.tensor_parallel import Gathered
 from stackpkg.objectives import Pairs, bandit
 from stackpkg.objectives.routing import Routed
 
@@ -70,12 +71,8 @@ def retrieval_statistics(pairs: Pairs) -> dict[str, Tensor]:
 def _of_all_heads(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """What a layer [layers] or its heads [layers, heads] told, of every rank of a group one after the other in the last
     dimension: [layers, values]."""
-    mine = mine.reshape(len(mine), -1).contiguous()
-    if group is None or dist.get_world_size(group) == 1:
-        return mine
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
-    return torch.cat(every, 1)
+    mine = mine.reshape(len(mine), -1)
+    return mine if group is None or dist.get_world_size(group) == 1 else Gathered.apply(mine, group)
 
 
 @torch.no_grad()
