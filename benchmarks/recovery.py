@@ -42,7 +42,7 @@ from stackpkg.data.stream import Stream
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json
 from stackpkg.telemetry import rows as telemetry
-from stackpkg.training import launch, parity, snapshots
+from stackpkg.training import launch, snapshots, tiny
 from stackpkg.training.faults import inject
 from stackpkg.training.optim import training_arguments
 
@@ -75,7 +75,7 @@ def clean(fault: str) -> str:
 
 
 def profile(processes: int) -> Params:
-    p = parity.profile("stackpkg", {"processes": processes, "fsdp": processes}).model_dump(mode="json")
+    p = tiny.profile("stackpkg", {"processes": processes, "fsdp": processes}).model_dump(mode="json")
     p["curriculum"] = [{"steps": STEPS, "context": CONTEXT, "long_range": 0.125, "retrieval": 0.0}]
     p["model"] = {"kind": "stack", "config": CONFIG}
     p["objectives"] = dict.fromkeys(TERMS, 0.0) | {"norms_every": 0}
@@ -307,7 +307,7 @@ def main() -> None:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=runs.root() / "outbox", prefix=".recovery-") as place:
         folder = RunFolder(Path(place).name)
-        parity.prepare(folder.path, profile(1))
+        tiny.prepare(folder.path, profile(1))
         stream = Stream(folder.path / "data", profile(1))
         models.build(profile(1).model, stream.vocab_size, stream.pad_id, 17).save_pretrained(folder.path / "initial")
         wanted = [*dict.fromkeys(each for fault in given.fault or FAULTS for each in (clean(fault), fault))]

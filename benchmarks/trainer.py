@@ -49,7 +49,7 @@ from stackpkg import params, runs
 from stackpkg.data.stream import Stream
 from stackpkg.params import Params
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training import measuring, mesh, parity, saving
+from stackpkg.training import measuring, mesh, saving, tiny
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.trainer import StackTrainer
 
@@ -67,7 +67,7 @@ BARE, STACK, OBJECTIVES = "bare", "stack", "objectives"
 
 
 def profile(config: dict[str, Any], steps: int, objectives: bool) -> Params:
-    p = parity.profile("stackpkg", {}, batch_tokens=TOKENS, accumulation=1, epoch_steps=2 * BLOCK)
+    p = tiny.profile("stackpkg", {}, batch_tokens=TOKENS, accumulation=1, epoch_steps=2 * BLOCK)
     p = p.model_dump(mode="json")
     p["curriculum"] = [{"steps": steps, "context": CONTEXT, "long_range": 0.125, "retrieval": float(objectives)}]
     p["auxiliary"] |= {"query_tokens": 16, "document_tokens": 48}
@@ -156,7 +156,7 @@ class Lab:
         self.folder, self.steps = folder, steps
         self.p = {STACK: profile(config, steps, False), OBJECTIVES: profile(config, steps, True)}
         if not (folder / "data").exists():
-            parity.prepare(folder, self.p[OBJECTIVES])
+            tiny.prepare(folder, self.p[OBJECTIVES])
         self.stream = Stream(folder / "data", self.p[STACK])
         self.initial = folder / f"initial-{config['hidden_size']}"
         built = models.build(self.p[STACK].model, self.stream.vocab_size, self.stream.pad_id, 17)

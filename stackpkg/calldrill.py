@@ -15,7 +15,7 @@ from stackpkg import params, runs
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder
 from stackpkg.telemetry import exporter, guard, live, rows, rules
-from stackpkg.training import drills, parity, stop
+from stackpkg.training import drills, stop, tiny
 
 JOB = "job"
 NAN, HANG = 5, 11  # steps, from 1
@@ -62,7 +62,7 @@ def drill(run: str, seconds: float = 90.0) -> dict[str, Any]:
     told = folder.path / f"telemetry/{JOB}/rank-00000.jsonl"
     text = rules.render([alert.drilled() for alert in guard.load(p)], 0.25, 0.25)
     try:
-        parity.prepare(folder.path, p)
+        tiny.prepare(folder.path, p)
         with ThreadPoolExecutor(1) as pool, closing(live.Inbox()) as inbox, closing(live.clerk(folder.path)) as clerk:
             job = pool.submit(drills.attempt, folder, p, faults(folder.path / "data"))
             while not (told.exists() and told.stat().st_size) and not job.done():

@@ -16,7 +16,7 @@ from stackpkg.governance import seal
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder
 from stackpkg.telemetry import exporter, rows
-from stackpkg.training import attempts, drills, faults, parity, snapshots
+from stackpkg.training import attempts, drills, faults, snapshots, tiny
 from stackpkg.training.loader import RankBatches
 
 JOB, EVERY = "job", 4
@@ -60,7 +60,7 @@ def damage(folder: RunFolder, p: Params) -> dict[str, Any]:
     What was seen: `shard`, `block`, `flip` (what was asked of the job), `said` (how the launch ended), `detect_seconds`
     from the flipped byte to that end, and `exported`, what the alert DataShardCorrupt watches.
     """
-    parity.prepare(folder.path, p)
+    tiny.prepare(folder.path, p)
     file, offset = victim(Stream(folder.path / "data", p))
     flip = {"kind": "flip_byte", "step": FLIPS, "rank": 0, "attempt": 1, "file": file, "offset": offset}
     said, path = drills.attempt(folder, p, [flip]).partition("\n")[0], folder.path / file

@@ -21,7 +21,7 @@ from stackpkg.params import Params
 from stackpkg.runs import RunFolder
 from stackpkg.telemetry import flops, probes, rows, store
 from stackpkg.telemetry.guard import Guard, load
-from stackpkg.training import measuring, mesh, parity
+from stackpkg.training import measuring, mesh, tiny
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.trainer import StackTrainer
 
@@ -46,7 +46,7 @@ def job(repository: Path) -> Iterator[Callable[..., StackTrainer]]:
     (repository / "alone").mkdir()
     (repository / "alone/one.md").write_text("a document that is alone in its domain, of a few words\n" * 30)
     folder, p = RunFolder("measured").path, telling(NEVER, 1.0)
-    parity.prepare(folder, p)
+    tiny.prepare(folder, p)
     stream = Stream(folder / "data", p)
     models.build(p.model, stream.vocab_size, stream.pad_id, 17).save_pretrained(folder / "initial")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

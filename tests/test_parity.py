@@ -8,7 +8,7 @@ import torch
 
 from stackpkg import params, runs
 from stackpkg.params import Layout
-from stackpkg.training import launch, parity, support
+from stackpkg.training import launch, parity, support, tiny
 
 FEW = [("fsdp2 + ep2", "stackpkg"), ("tp2", "qwen3"), ("tp2 + ep2", "stackpkg"), ("pp2", "llama")]
 TABLE = runs.read_json(support.TABLE)
@@ -19,7 +19,7 @@ def within(rows: list[dict[str, Any]]) -> None:
 
 
 def job(name: str, sizes: dict[str, Any], resume: str = "", **training: Any) -> dict[str, Any]:
-    p = parity.profile("stackpkg", sizes, **training)
+    p = tiny.profile("stackpkg", sizes, **training)
     return {"name": name, "params": p.model_dump(mode="json"), "resume": resume}
 
 
@@ -28,7 +28,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     """Parity of a few layouts; then a checkpoint of tensor and expert parallel ranks taken over by FSDP2 ranks and by
     one process, and bf16 with and without FSDP2."""
     folder = tmp_path_factory.mktemp("parity")
-    rows = parity.measure(folder, FEW)
+    rows = list(parity.measure(folder, FEW))
     often, half = {"every_steps": 2}, {"precision": "bf16"}
     first = job("first", support.LAYOUTS["tp2 + ep2"], **often)
     again = job("again", support.LAYOUTS["tp2 + ep2"], "first/checkpoint-2", **often)
@@ -74,7 +74,7 @@ def test_bf16_computes_nearly_the_same_on_fp32_weights(lab: tuple[Path, list[dic
 
 
 def test_the_table_holds_every_case_of_these_versions() -> None:
-    assert {(row["layout"], row["model"]) for row in TABLE["rows"]} == set(support.cases(parity.MODELS, parity.DENSE))
+    assert {(row["layout"], row["model"]) for row in TABLE["rows"]} == set(support.cases(tiny.MODELS, tiny.DENSE))
     within(TABLE["rows"])
     assert TABLE["limits"] == support.LIMITS
 
@@ -113,4 +113,4 @@ def test_a_larger_layout_of_tested_kinds_is_let_through() -> None:
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    within(parity.measure(tmp_path, support.cases(parity.MODELS, parity.DENSE)))
+    within(list(parity.measure(tmp_path, support.cases(tiny.MODELS, tiny.DENSE))))

@@ -16,13 +16,13 @@ from optional import missing
 
 from stackpkg import params, runs
 from stackpkg.telemetry import rows
-from stackpkg.training import launch, parity
+from stackpkg.training import launch, tiny
 
 STEPS = 4
 
 
 def profile(receiver: str) -> params.Params:
-    p = parity.profile("stackpkg", {"processes": 1, "fsdp": 1}, 2, accumulation=1, epoch_steps=STEPS)
+    p = tiny.profile("stackpkg", {"processes": 1, "fsdp": 1}, 2, accumulation=1, epoch_steps=STEPS)
     values: dict[str, Any] = {"curriculum": [{"steps": STEPS, "context": 64, "long_range": 0.25}]}
     return params.validate(p.model_dump(mode="json") | values | {"telemetry": {"report_to": [receiver], "budget": 1.0}})
 
@@ -77,7 +77,7 @@ def test_a_receiver_keeps_the_loss_of_each_step_below_the_run(
     if missing(name):
         pytest.skip(f"{name} is not installed")
     folder = runs.RunFolder(f"told-{name}")
-    parity.prepare(folder.path, profile(name))
+    tiny.prepare(folder.path, profile(name))
     launch.launch("job", profile(name), folder, steps=STEPS, quiet=True)
     table = rows.read(folder.path / "telemetry/job").set_index("step")
     found = read(folder.path / "telemetry/job.reports")

@@ -25,7 +25,7 @@ from stackpkg import params, runs, sharddrill
 from stackpkg.data.ledger import Ledger
 from stackpkg.runs import read_json
 from stackpkg.telemetry import guard, rules
-from stackpkg.training import drills, faults, parity, promotion
+from stackpkg.training import drills, faults, promotion, tiny
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(made, place / f"notebooks/{name}.ipynb")
     made_lab = Lab(place)
-    parity.prepare(made_lab.run, p)
+    tiny.prepare(made_lab.run, p)
     runs.write_text(made_lab.run / "telemetry/rules.yml", rules.render(guard.load(p), 1.0, 1.0))
     yield made_lab
     for command in made_lab.begun:  # where a test failed half way

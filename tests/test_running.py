@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from stackpkg.cli import app
 from stackpkg.runs import RunFolder, read_json, write_json
-from stackpkg.training import drills, launch, parity, running, snapshots, stop
+from stackpkg.training import drills, launch, running, snapshots, stop, tiny
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def typed(*words: str) -> tuple[int, str]:
 def job(repository: Path) -> Iterator[Path]:
     """The folder of a real job that steps, until the tests have ended it."""
     folder, p = RunFolder("running"), drills.profile(drills.Drill("", ()), 1)
-    parity.prepare(folder.path, p)
+    tiny.prepare(folder.path, p)
     home, ended = folder.path / "checkpoints/train", list[str]()
 
     def go() -> None:

@@ -34,7 +34,7 @@ from stackpkg.objectives import preference
 from stackpkg.params import Params, Until
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
-from stackpkg.training import launch, layout, parity
+from stackpkg.training import launch, layout, tiny
 
 SOURCE = runs.root()  # of the text: the package itself
 STEPS, TOKENS = 6, 1024
@@ -84,7 +84,7 @@ def lab(repository: Path) -> RunFolder:
     (repository / "alone").mkdir()  # a domain of one document, which can't be held out
     shutil.copy(SOURCE / "CONTRIBUTING.md", repository / "alone")
     folder = RunFolder("lab")
-    parity.prepare(folder.path, profile(1))
+    tiny.prepare(folder.path, profile(1))
     return folder
 
 

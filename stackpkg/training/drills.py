@@ -24,7 +24,7 @@ from stackpkg import params, runs
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
-from stackpkg.training import attempts, launch, parity, recovery, snapshots, stop, support
+from stackpkg.training import attempts, launch, recovery, snapshots, stop, support, tiny
 from stackpkg.training.faults import flip as flip_at
 
 TABLE = support.TABLE.with_name("faults.json")
@@ -177,9 +177,9 @@ CLEAN = {"clean_1": Drill("", ()), "clean_2": Drill("", (), processes=2)}
 
 
 def profile(drill: Drill, processes: int) -> Params:
-    """The tiny model of `parity` for `STEPS` steps; a job that is killed from outside is not restarted."""
+    """The reference model of `tiny` for `STEPS` steps; a job that is killed from outside is not restarted."""
     sizes = {"processes": processes, "fsdp": processes, "restarts": int(drill.damage is None), **drill.layout}
-    p = parity.profile("stackpkg", sizes, EVERY, accumulation=1, epoch_steps=STEPS, precision=drill.precision)
+    p = tiny.profile("stackpkg", sizes, EVERY, accumulation=1, epoch_steps=STEPS, precision=drill.precision)
     values = p.model_dump(mode="json") | {"curriculum": [{"steps": STEPS, "context": 64, "long_range": 0.25}]}
     return params.validate(values)
 
@@ -264,7 +264,7 @@ def every(names: Iterable[str] = ()) -> list[dict[str, Any]]:
     chosen = {name: DRILLS[name] for name in names or DRILLS}
     lab = RunFolder(".drills")
     try:
-        parity.prepare(lab.path, profile(CLEAN["clean_1"], 1))
+        tiny.prepare(lab.path, profile(CLEAN["clean_1"], 1))
         with ThreadPoolExecutor(2) as pool:
             jobs = {
                 name: pool.submit(perform, name, each, lab.path / "data") for name, each in (CLEAN | chosen).items()

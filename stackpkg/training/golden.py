@@ -23,7 +23,7 @@ from stackpkg.data.stream import Stream
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
-from stackpkg.training import launch, parity, reproducibility, support
+from stackpkg.training import launch, reproducibility, support, tiny
 
 FOLDER = Path(__file__).parents[2] / "tests/golden_losses"
 STEPS, SERIES = 100, ("loss", "grad_norm")
@@ -38,7 +38,7 @@ WORDS = ("order", "token", "shard", "stream", "window", "record", "licence", "ma
 def profile(layout: str) -> Params:
     """The job of a layout: all of it but the layout is the same for all."""
     sizes = {} if layout == "one process" else support.LAYOUTS[layout]
-    p = parity.profile("stackpkg", sizes, batch_tokens=512, epoch_steps=50, deterministic=True).model_dump(mode="json")
+    p = tiny.profile("stackpkg", sizes, batch_tokens=512, epoch_steps=50, deterministic=True).model_dump(mode="json")
     rides = {"long_range": 0.25, "retrieval": 0.5, "preferences": 0.5, "conversations": 0.5}
     p["model"]["config"] |= {"num_hidden_layers": 2, "retrieval": False}
     p["curriculum"] = [{"steps": 60, "context": 64, **rides}, {"steps": 40, "context": 128, **rides}]
@@ -140,7 +140,7 @@ def prepare() -> RunFolder:
     """The corpus, in a folder of its own."""
     folder = RunFolder(".golden")
     write_corpus(folder)
-    parity.prepare(folder.path, profile("one process"))
+    tiny.prepare(folder.path, profile("one process"))
     return folder
 
 
