@@ -1,6 +1,8 @@
 """Launching with real processes and stand-ins for the worker: commands, resuming, failing, and who dies with whom."""
 
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,7 +73,7 @@ def workers(repository: Path) -> None:
 
 @pytest.fixture
 def folder(repository: Path, request: pytest.FixtureRequest) -> RunFolder:
-    made = RunFolder(request.node.name.replace("_", "-").lower()[:40])
+    made = RunFolder(re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[-40:].strip("-"))
     for name in ("manifest.json", "pairs.parquet", "long_range.parquet"):
         write_text(made / f"data/{name}", name)
     return made
@@ -139,17 +141,25 @@ def test_a_finished_job_starts_fresh_and_the_old_one_is_kept(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, repository: Path, capsys: pytest.CaptureFixture
 ) -> None:
     write_json(folder / "eval/job/epoch_001.json", {"of": "the first"})
-    for _ in range(3):
+    for _ in range(4):
         assert start("finishing", monkeypatch, folder) == {"seen": 1}  # never in the folder of another job
-    assert capsys.readouterr().out == "[job] shown\n" * 3
+    said = capsys.readouterr().out.splitlines()
+    assert said.count("[job] shown") == 4 and "not shown" not in said
+    kept, stray = sorted((repository / "outbox/.previous" / folder.name / "job").iterdir())
+    assert stray.name == "unknown" and (stray / "eval/epoch_001.json").exists(), "what no job describes"
+    where = f"outbox/.previous/{folder.name}/job/{kept.name}"
+    assert said.count(f"[job] what was here moves to {where}; the same job, which has ended") == 3  # the last is kept
     assert "not shown" in (folder.path / "checkpoints/job/log.txt").read_text(encoding="utf-8")
-    kept = repository / "outbox/.previous" / folder.name / "job"
     assert read_json(kept / "checkpoints/done.json") == {"seen": 1}
     beside = ["alerts.jsonl", "events.jsonl", "reports"]
     assert sorted(path.name for path in kept.iterdir()) == sorted([*beside, "checkpoints", "telemetry"])
     told = ("alerts.jsonl", "events.jsonl", "reports/points")  # what the old job told is not this one's
     assert [(folder.path / f"telemetry/job.{end}").read_text() for end in told] == ["{}", "{}", "x"]
     assert not (folder.path / "eval/job").exists()
+    write_json(folder / "checkpoints/job/promoted.json", {"4": "v1"})
+    for _ in range(3):
+        start("finishing", monkeypatch, folder, quiet=True)
+    assert len([*kept.parent.glob("*/checkpoints/promoted.json")]) == 1 and len([*kept.parent.iterdir()]) == 3
 
 
 def test_an_unfinished_job_keeps_its_folder_until_its_description_changes(
@@ -163,8 +173,101 @@ def test_an_unfinished_job_keeps_its_folder_until_its_description_changes(
     with pytest.raises(RuntimeError):
         start("failing", monkeypatch, folder, quiet=True)
     assert start("finishing", monkeypatch, folder, steps=7, quiet=True) == {"seen": 1}
+    kept = (repository / "outbox/.previous" / folder.name / "job").glob("*/checkpoints/seen")
+    assert sorted(path.read_text() for path in kept) == ["x", "xxx"]
+
+
+def rate(learning_rate: float) -> Params:
+    return profile().model_copy(update={"optimization": params.Optimization(learning_rate=learning_rate)})
+
+
+def begin(monkeypatch: pytest.MonkeyPatch, folder: RunFolder, p: Params) -> None:
+    """A job that breaks off, with a row, a report and a checkpoint of its own."""
+    with pytest.raises(RuntimeError):
+        start("failing", monkeypatch, folder, p)
+    said = str(p.optimization.learning_rate)
+    for place in ("checkpoints/job/checkpoint-100/state.pt", "eval/job/epoch_001.json", "telemetry/job/rank-0.jsonl"):
+        write_text(folder / place, said)
+    write_text(folder / "telemetry/job.alerts.jsonl", said)
+
+
+def left(folder: RunFolder) -> list[str]:
+    """What each part of the run's job was written by."""
+    found = [*folder.matches("checkpoints/job/checkpoint-*/*"), *folder.matches("eval/job/*")]
+    found += [*folder.matches("telemetry/job/*"), *folder.matches("telemetry/job.*")]
+    return [path.read_text() for path in found]
+
+
+def test_a_typo_and_its_correction_cost_nothing(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, repository: Path, capsys: pytest.CaptureFixture
+) -> None:
+    begin(monkeypatch, folder, rate(2e-4))
+    write_json(folder / "checkpoints/job/promoted.json", {"100": "v1"})
+    capsys.readouterr()
+    begin(monkeypatch, folder, rate(2e-3))
     kept = repository / "outbox/.previous" / folder.name / "job"
-    assert (kept / "checkpoints/seen").read_text() == "x"
+    (first,) = kept.iterdir()
+    assert left(folder) == ["0.002"] * 4
+    where = f"[job] what was here moves to outbox/.previous/{folder.name}/job"
+    told = f"{where}/{first.name}; another job: optimization.learning_rate"
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("[job]")] == [told]
+    with pytest.raises(RuntimeError):
+        start("failing", monkeypatch, folder, rate(2e-4))
+    assert left(folder) == ["0.0002"] * 4, "checkpoints, reports, rows and alerts come back together"
+    home = folder.path / "checkpoints/job"
+    assert (home / "promoted.json").exists() and (home / "seen").read_text() == "xx", "it goes on where it was"
+    (other,) = kept.iterdir()
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("[job]")] == [
+        f"{where}/{other.name}; another job: optimization.learning_rate",
+        f"[job] goes on with the checkpoints and rows of {where.partition('to ')[2]}/{first.name}, the same job",
+    ]
+    for learning_rate in (2e-3, 2e-4, 5e-4, 2e-4):
+        with pytest.raises(RuntimeError):
+            start("failing", monkeypatch, folder, rate(learning_rate), quiet=True)
+    assert left(folder) == ["0.0002"] * 4 and len([*kept.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("moves", range(8))  # four parts leave, four return
+@pytest.mark.parametrize("again", [2e-4, 2e-3, 5e-4])
+def test_a_move_that_was_broken_off_tears_no_job(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, moves: int, again: float
+) -> None:
+    """Killed after some moves, while one job makes room for another that was set aside; then either, or a third."""
+    rename, made = Path.rename, itertools.count()
+
+    def killed(path: Path, target: Path) -> Path:
+        if next(made) == moves:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    begin(monkeypatch, folder, rate(2e-4))
+    begin(monkeypatch, folder, rate(2e-3))
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start("failing", monkeypatch, folder, rate(2e-4))
+    monkeypatch.setattr(Path, "rename", rename)
+    for learning_rate in (again, 2e-3, 2e-4):
+        with pytest.raises(RuntimeError):
+            start("failing", monkeypatch, folder, rate(learning_rate), quiet=True)
+        assert left(folder) == [str(learning_rate)] * (0 if learning_rate == 5e-4 else 4)
+
+
+def test_a_parameter_that_is_new_and_at_its_default_makes_no_other_job(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch, folder, profile())
+    job = folder.path / "checkpoints/job/job.json"
+    spec = read_json(job)
+    del spec["params"]["optimization"]["ema_decay"]  # as an earlier version, which had no such thing, described it
+    write_json(job, spec | {"digest": "of that version"})
+    with pytest.raises(RuntimeError):
+        start("failing", monkeypatch, folder, quiet=True)
+    assert len(left(folder)) == 4 and read_json(job)["digest"] != "of that version"
+    spec["params"]["optimization"]["gone"] = 1
+    write_json(job, spec | {"digest": "of that version"})
+    with pytest.raises(RuntimeError):
+        start("failing", monkeypatch, folder, quiet=True)
+    assert not left(folder), "one with a parameter that is gone is another"
 
 
 def test_a_failing_job_raises_with_the_end_of_its_log(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

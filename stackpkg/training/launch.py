@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,20 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stackpkg import params
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_json
 from stackpkg.telemetry import receivers
 from stackpkg.telemetry.exporter import target
 from stackpkg.telemetry.privacy import clean
-from stackpkg.training import clusters, running, support
+from stackpkg.training import clusters, previous, running, support
 from stackpkg.training.stop import Stopped, killed, stopped
 
 TETHER, WORKER, EXPORTER = (f"stackpkg.{name}" for name in ("training.tether", "training.worker", "telemetry.exporter"))
 # sections of a profile that change nothing of what is computed
 WHERE = ("layout", "cluster", "telemetry", "snapshots", "sweep", "governance")
 DIAGNOSIS = "diagnosis.json"  # what the end of the recovery ladder leaves
-FOLDERS = ("checkpoints", "telemetry", "eval")
-BESIDE = ("parquet", "alerts.jsonl", "events.jsonl", "reports")  # of telemetry/<job>: `telemetry/<job>.parquet`
 RAISED = re.compile(r"(\[rank\d+\]:\s*)?(?=[\w.]*(Error|RollBack|Failed): )")  # the last line of a traceback
 
 
@@ -80,16 +78,34 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found + [name for name in ("steps", "faults") if before[name] != now[name]]
 
 
-def _start_fresh(folder: RunFolder, name: str) -> None:
-    """Move what an earlier, other job of this name left to outbox/.previous/, where one generation is kept."""
-    kept = root() / "outbox" / ".previous" / folder.name / name
-    shutil.rmtree(kept, ignore_errors=True)
-    places = {part: folder.path / part / name for part in FOLDERS}
-    places |= {end: folder.path / f"telemetry/{name}.{end}" for end in BESIDE}
-    for place, old in places.items():
-        if old.exists():
-            kept.mkdir(parents=True, exist_ok=True)
-            old.rename(kept / place)
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether both describe one job. A parameter that `before`, of an earlier version, does not have yet was as its
+    default says."""
+    if before.get("digest") == now["digest"]:
+        return True
+    try:
+        filled = before | {"params": params.validate(before["params"]).model_dump(mode="json")}
+    except (KeyError, ValueError):  # it has one that is gone
+        return False
+    return not differences(filled, now)
+
+
+def _make_room(name: str, folder: RunFolder, spec: dict[str, Any]) -> list[str]:
+    """Set aside what another job of this name left, or the same if it has ended, and take up again what was set aside
+    of the job `spec`; what is to be told of it."""
+    job, told = folder.path / f"checkpoints/{name}/job.json", []
+    before = read_json(job) if job.exists() else {}
+    if not before:
+        why = "nothing says of which job it is"
+    elif _same(before, spec):
+        why = "the same job, which has ended"
+    else:
+        why = f"another job: {', '.join(differences(before, spec)) or 'of another version'}"
+    if aside := previous.set_aside(folder, name):
+        told.append(f"what was here moves to {aside.relative_to(root()).as_posix()}; {why}")
+    if found := previous.take_up(folder, name, lambda other: _same(other, spec)):
+        told.append(f"goes on with the checkpoints and rows of {found.relative_to(root()).as_posix()}, the same job")
+    return told
 
 
 def launch(
@@ -103,7 +119,8 @@ def launch(
 ) -> dict[str, Any]:
     """Run the job `name` to its end and return what it reported (`checkpoints/<name>/done.json`).
 
-    An unfinished job with the same description resumes from its newest whole checkpoint; anything else starts fresh.
+    An unfinished job with the same description resumes from its newest whole checkpoint, though another of its name
+    took its place meanwhile; anything else starts fresh. What must make room is kept in outbox/.previous (`previous`).
     With `cluster.scheduler` it is submitted and followed; a call made anew follows it again. Without, on several nodes,
     the first call describes the job and raises `ValueError` with the command for every node; once the cluster has
     finished it, the same call returns its report.
@@ -118,7 +135,8 @@ def launch(
     spec = describe(name, p, folder, steps or p.max_steps, faults)
     home = folder.path / "checkpoints" / name
     job, done = home / "job.json", home / "done.json"
-    same = job.exists() and read_json(job).get("digest") == spec["digest"]
+    previous.settle(folder, name)
+    same = job.exists() and _same(read_json(job), spec)
     away = p.layout.nodes > 1 or p.cluster.scheduler != "none"
     if away and same and done.exists():
         return read_json(done)  # the cluster has finished the job that an earlier call described
@@ -129,9 +147,9 @@ def launch(
             )
     else:
         if done.exists() or not same:
-            if not quiet and job.exists() and (what := differences(read_json(job), spec)):
-                print(f"[{name}] another job than the one here, which moves to outbox/.previous: {', '.join(what)}")
-            _start_fresh(folder, name)
+            for line in _make_room(name, folder, spec):
+                if not quiet:
+                    print(f"[{name}] {line}")
         write_json(job, spec)  # of the same job, the layout that it goes on in
         (home / DIAGNOSIS).unlink(missing_ok=True)
     if away:
