@@ -43,11 +43,39 @@ def unmark(folder: Path) -> None:
     (folder / snapshots.MARKER).unlink()
 
 
+def flip_marker(folder: Path) -> None:
+    raw = bytearray((folder / snapshots.MARKER).read_bytes())
+    raw[0] ^= 1
+    (folder / snapshots.MARKER).write_bytes(bytes(raw))
+
+
+def flip_key(folder: Path) -> None:
+    marker = folder / snapshots.MARKER
+    marker.write_text(marker.read_text().replace('"files"', '"fhles"'))
+
+
+def flip_beyond_text(folder: Path) -> None:
+    marker = folder / snapshots.MARKER
+    marker.write_bytes(marker.read_bytes().replace(b"files", b"f\xe9les"))
+
+
+def empty_marker(folder: Path) -> None:
+    (folder / snapshots.MARKER).write_bytes(b"")
+
+
+def another_marker(folder: Path) -> None:
+    (folder / snapshots.MARKER).write_text("[]")
+
+
 DAMAGE = {
     truncate: "checkpoint-30/dcp/__0_0.distcp: changed since it was saved",
     flip: "checkpoint-30/dcp/__0_0.distcp: changed since it was saved",
     lose: "checkpoint-30/state.pt: missing",
     unmark: "checkpoint-30: no complete.json; saving was interrupted",
+    **dict.fromkeys(
+        (flip_marker, flip_key, flip_beyond_text, empty_marker, another_marker),
+        "checkpoint-30/complete.json: changed since it was saved",
+    ),
 }
 
 
@@ -74,12 +102,29 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_chosen(tmp_path: Pat
     assert snapshots.latest(tmp_path) == (tmp_path / "checkpoint-20", [])  # and it is not looked at again
 
 
-def test_nothing_whole_is_nothing(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 10, marked=False)
-    flip(checkpoint(tmp_path, 20))
-    found, complaints = snapshots.latest(tmp_path)
-    assert found is None and [line[:13] for line in complaints] == ["checkpoint-20", "checkpoint-10"]
-    assert len(list(tmp_path.glob("*.damaged-*"))) == 2
+def test_where_nothing_is_whole_a_person_says_whether_to_begin_anew(tmp_path: Path) -> None:
+    home = tmp_path / "run/checkpoints/train"
+    checkpoint(home, 10, marked=False)
+    flip(checkpoint(home, 20))
+    begun(home, 30)
+    for _ in range(2):  # a restart finds the same
+        with pytest.raises(snapshots.ResumeFailed) as raised:
+            snapshots.latest(home)
+        assert str(raised.value).startswith(
+            "train has 2 checkpoint(s), and none is whole: checkpoint-20/dcp/__0_0.distcp: changed since it was saved; "
+            "checkpoint-10: no complete.json; saving was interrupted. They are where they were: restore one"
+        )
+        assert str(raised.value).endswith("stackpkg rollback outbox/run --step 0 --job train")
+        assert list(snapshots.listed(home)) == [10, 20]
+    flip(home / "checkpoint-20")  # restored
+    assert snapshots.latest(home) == (home / "checkpoint-20", [])
+    flip(home / "checkpoint-20")
+    snapshots.roll_back(home, 0)
+    assert snapshots.latest(home) == (None, []), "asked for"
+    for step in range(1, 20):
+        flip(checkpoint(home, step))
+    with pytest.raises(snapshots.ResumeFailed, match=r"19 checkpoint.*; and 11 more"):
+        snapshots.latest(home)
 
 
 def test_a_marker_counts_all_files_and_not_itself(tmp_path: Path) -> None:
@@ -180,6 +225,23 @@ def test_a_kill_at_any_moment_leaves_the_whole_checkpoint_or_none_that_is_used(t
     assert list(snapshots.listed(home)) == [5, 9], "5 is the newest before a fault that could still come"
 
 
+def test_a_folder_beside_them_is_whole_or_not_there_wherever_its_making_is_killed(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text(name)
+
+    for number in range(1, 30):
+        made = tmp_path / f"{number // 2}" / "initial"  # each place twice: what was left there is in nobody's way
+        made.parent.mkdir(exist_ok=True)
+        ended = made.exists() or dies_at(number, lambda made=made: snapshots.make(made, write))
+        assert not made.exists() or [*map(Path.read_text, sorted(made.iterdir()))] == [
+            "config.json", "model.safetensors",
+        ]  # fmt: skip
+        if ended:
+            break
+    assert ended and number > 6
+
+
 # --- retention
 
 
@@ -234,6 +296,8 @@ def test_prune_reads_losses_and_promotions_from_the_checkpoints(tmp_path: Path) 
     write_json(tmp_path / snapshots.PROMOTED, {"4": "v1 v2"})
     (tmp_path / "checkpoint-8.damaged-x").mkdir()
     unmark(tmp_path / "checkpoint-2")  # nobody knows what it is
+    for step, text in {8: '{"validbtion_loss": "NaN"}', 12: "{"}.items():  # no reason not to prune the others
+        (tmp_path / f"checkpoint-{step}" / snapshots.MANIFEST).write_text(text)
     assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == [8]
     assert list(snapshots.listed(tmp_path)) == [2, 4, 6, 10, 12, 14] and not list((tmp_path / ".saving").iterdir())
     assert snapshots.prune(tmp_path, Snapshots(keep_last=1, keep_best=1)) == []

@@ -25,7 +25,7 @@ from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
 from stackpkg.training import attempts, launch, recovery, snapshots, stop, support, tiny
-from stackpkg.training.faults import flip as flip_at
+from stackpkg.training.faults import flip
 
 TABLE = support.TABLE.with_name("faults.json")
 STEPS, EVERY = 16, 2
@@ -66,12 +66,12 @@ def shard(home: Path) -> Path:
 
 
 def truncate(_: RunFolder, home: Path) -> None:
-    path = shard(home)
-    path.write_bytes(path.read_bytes()[:-100])
+    shard(home).write_bytes(shard(home).read_bytes()[:-100])
 
 
-def flip(path: Path) -> None:
-    flip_at(path, path.stat().st_size // 2)
+def flip_all(_: RunFolder, home: Path) -> None:
+    for path in home.glob("checkpoint-*/dcp/*.distcp"):
+        flip(path)
 
 
 def half_write(_: RunFolder, home: Path) -> None:
@@ -163,6 +163,8 @@ DRILLS = {
     "flipped": Drill("a bit of a checkpoint flipped", ("launch", "set aside"),
                      damage=lambda _, home: flip(shard(home))),
     "half_written": Drill("a checkpoint half written", ("launch", "set aside"), damage=half_write),
+    "none_whole": Drill("a bit of every checkpoint flipped", ("refused", "launch"), damage=flip_all,
+                        refused="none is whole", mend=flip_all),
     "corrupt_shard": Drill("a bit of a shard flipped", ("refused", "launch"), refused="corrupt or missing: shards/",
                            damage=lambda folder, _: flip(tokens(folder)), mend=lambda folder, _: flip(tokens(folder))),
     "missing_shard": Drill("a shard gone", ("refused", "launch"), damage=lose, refused="corrupt or missing: shards/",

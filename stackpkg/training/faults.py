@@ -38,9 +38,11 @@ def spoilt(loss: Tensor, faults: Iterable[dict[str, Any]], here: dict[str, Any])
     return loss
 
 
-def flip(path: Path, offset: int) -> None:
-    """Flip the lowest bit of a byte where it lies, as a failing disk would: who has the file mapped reads it so."""
+def flip(path: Path, offset: int | None = None) -> None:
+    """Flip the lowest bit of a byte, by itself that in the middle, where it lies, as a failing disk would: who has the
+    file mapped reads it so."""
     path.chmod(0o644)
+    offset = path.stat().st_size // 2 if offset is None else offset
     with path.open("r+b") as stream:
         stream.seek(offset)
         byte = stream.read(1)[0] ^ 1

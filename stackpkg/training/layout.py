@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,6 +61,13 @@ def _together(store: dist.Store, rank: int, ranks: int, minutes: float) -> str:
                 raise TimeoutError(f"rank {other} of {ranks} did not come within {minutes:g} minutes")
             time.sleep(0.01)
     return mine
+
+
+def patient(minutes: float) -> Callable[[], None]:
+    """A barrier for after what one rank does alone, such as to make or to write a whole model: the others wait for it
+    for up to `minutes`, not for as long as a collective may take, and see at once when it died. A collective."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+    return lambda: dist.barrier(group)
 
 
 def leave() -> NoReturn:

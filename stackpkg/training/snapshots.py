@@ -16,6 +16,11 @@ MARKER, MANIFEST = "complete.json", "manifest.json"
 PARTIAL = ".saving"  # what is being written lies in here, and counts for nothing
 VOUCHED = ".digests-"  # and the rank: of the files that it wrote
 PROMOTED = "promoted.json"  # step -> versions of the snapshots that were promoted: these stay
+TOLD = 8  # problems that an error names
+
+
+class ResumeFailed(RuntimeError):
+    """There are checkpoints, and none is whole; they are where they were."""
 
 
 def flush(path: Path) -> None:
@@ -62,13 +67,38 @@ def publish(partial: Path, step: int) -> Path:
     return target
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds; nothing when it is damaged."""
+    try:
+        told = read_json(path)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def make(folder: Path, write: Callable[[Path], object]) -> None:
+    """A folder beside the checkpoints of a job, by `write`: all of it is on the disk, or none of it is there."""
+    partial = folder.parent / PARTIAL / folder.name
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    for path in files_below(partial):
+        flush(path)
+    flush(partial)
+    partial.rename(folder)
+    flush(folder.parent)
+
+
 def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint, one line each; empty when it is whole. Of `parts` ranks that share the reading,
     each gives its number, `part`, and looks at its files alone."""
     if not (checkpoint / MARKER).exists():
         return [f"{checkpoint.name}: no {MARKER}; saving was interrupted"]
+    files = _read(checkpoint / MARKER).get("files")
+    if not files or not isinstance(files, dict):
+        return [f"{checkpoint.name}/{MARKER}: changed since it was saved"]
     found = []
-    for name, sha in [*read_json(checkpoint / MARKER)["files"].items()][part::parts]:
+    for name, sha in [*files.items()][part::parts]:
         path = checkpoint / name
         if not path.exists():
             found.append(f"{checkpoint.name}/{name}: missing")
@@ -92,8 +122,11 @@ def _set_aside(checkpoint: Path, why: str) -> None:
 def latest(home: Path, check: Callable[[Path], list[str]] = problems) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a job that is not running, and the problems of newer ones, which are set aside,
     not deleted. What a save left that was broken off is removed: nothing of it was ever promised; one that lacked no
-    more than its name gets it."""
-    complaints = []
+    more than its name gets it.
+
+    Raises `ResumeFailed` where there are checkpoints and none is whole: to begin anew is for a person to say.
+    """
+    complaints, wrong, damaged = list[str](), list[str](), list[Path]()
     for partial in sorted((home / PARTIAL).glob("checkpoint-*")):
         if (partial / MARKER).exists() and not (home / partial.name).exists():
             partial.rename(home / partial.name)
@@ -103,9 +136,18 @@ def latest(home: Path, check: Callable[[Path], list[str]] = problems) -> tuple[P
     for checkpoint in reversed(listed(home).values()):
         bad = check(checkpoint)
         if not bad:
-            return checkpoint, complaints
-        complaints += bad
-        _set_aside(checkpoint, "damaged")
+            for path in damaged:
+                _set_aside(path, "damaged")
+            return checkpoint, [*complaints, *wrong]
+        wrong += bad
+        damaged.append(checkpoint)
+    if damaged:
+        more = f"; and {len(wrong) - TOLD} more" if len(wrong) > TOLD else ""
+        raise ResumeFailed(
+            f"{home.name} has {len(damaged)} checkpoint(s), and none is whole: {'; '.join(wrong[:TOLD])}{more}. They "
+            "are where they were: restore one, or mend the file system that shows them so, and launch again; "
+            f"to begin anew from step 0: stackpkg rollback outbox/{home.parents[1].name} --step 0 --job {home.name}"
+        )
     return None, complaints
 
 
@@ -185,9 +227,11 @@ def retained(steps: Iterable[int], losses: Mapping[int, float], keep: Snapshots,
 def prune(home: Path, keep: Snapshots) -> list[int]:
     """Delete the checkpoints that `retained` lets go, for rank 0; their steps. A name goes first, then the files."""
     have = {step: path for step, path in listed(home).items() if (path / MARKER).exists()}
-    told = {step: read_json(path / MANIFEST) for step, path in have.items() if (path / MANIFEST).exists()}
+    told = {step: _read(path / MANIFEST) for step, path in have.items() if (path / MANIFEST).exists()}
     losses = {
-        step: float(about["validation_loss"]) for step, about in told.items() if about["validation_loss"] is not None
+        step: float(about["validation_loss"])
+        for step, about in told.items()
+        if about.get("validation_loss") is not None
     }
     gone = sorted(have.keys() - retained(have, losses, keep, promoted(home)))
     for step in gone:
