@@ -34,7 +34,7 @@ from stackpkg.objectives import preference
 from stackpkg.params import Params, Until
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
-from stackpkg.training import launch, layout, tiny
+from stackpkg.training import launch, layout, tiny, worker
 
 SOURCE = runs.root()  # of the text: the package itself
 STEPS, TOKENS = 6, 1024
@@ -496,3 +496,33 @@ def test_a_job_refuses_a_corrupt_shard_and_another_corpus_than_it_began_with(lab
     began = spec["data"]["manifest.json"][:16]
     assert done.returncode and f"this job began with {began}: roll back to it" in done.stderr
     assert versions.rollback(data, began) == began and not list(job.parent.glob("checkpoint-*"))
+
+
+def test_initial_weights_are_whole_or_not_there(lab: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, home = profile(1), lab.path / "checkpoints/begun"
+    stream = Stream(lab.path / "data", p)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", full)  # after the configuration
+        with pytest.raises(OSError, match="No space left"):
+            worker._initial(home, p, stream)
+    assert not (home / "initial").exists()
+    worker._initial(home, p, stream)
+    assert StackForCausalLM.from_pretrained(home / "initial") and not list(home.glob(".saving/*"))
+    before = runs.digest(home / "initial")
+    worker._initial(home, p.model_copy(update={"seed": 4}), stream)
+    assert runs.digest(home / "initial") == before, "made once"
+
+
+def test_a_model_larger_than_the_memory_of_its_host_is_refused_before_it_is_made(
+    lab: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, home = profile(1), lab.path / "checkpoints/huge"
+    config = p.model.config | {"hidden_size": 65536, "moe_intermediate_size": 262144}
+    huge = p.model_copy(update={"model": p.model.model_copy(update={"config": config})})
+    with pytest.raises(ValueError, match=r"are [\d,]{3,}\.\d GiB in fp32, and rank 0, .* let the first node have more"):
+        worker._initial(home, huge, Stream(lab.path / "data", p))
+    assert not home.exists()

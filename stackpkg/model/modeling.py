@@ -225,3 +225,11 @@ def build(model: params.Model, vocab_size: int, pad_token_id: int, seed: int) ->
         if model.name_or_path:
             return AutoModelForCausalLM.from_pretrained(model.name_or_path, config=config, dtype=torch.float32)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def weight(model: params.Model, vocab_size: int, pad_token_id: int) -> int:
+    """Bytes of the weights that `build` draws or reads, counted without any of them."""
+    config = configure(model, vocab_size=vocab_size, pad_token_id=pad_token_id)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return sum(parameter.numel() * parameter.element_size() for parameter in made.parameters())

@@ -58,7 +58,8 @@ def cut(model: PreTrainedModel, mine: list[int], every: list[range]) -> None:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """One ordinary folder of transformers, a file of weights for each rank of the pipeline. A collective."""
+    """One ordinary folder of transformers, a file of weights for each rank of the pipeline. A collective, after
+    which others may still be writing."""
     group = cast(Any, model.pipeline).group
     place, places = dist.get_rank(group), dist.get_world_size(group)
     name = f"model-{place + 1:05d}-of-{places:05d}.safetensors"
@@ -71,11 +72,12 @@ def save(model: PreTrainedModel, folder: Path) -> None:
             full[key] = tensor.detach().cpu().contiguous()
     told: list[Any] = [None] * places
     if writes:
-        folder.mkdir(parents=True, exist_ok=True)
         full = {key: value.contiguous() for key, value in revert_weight_conversion(model, full).items()}
-        save_file(full, folder / name, metadata={"format": "pt"})
     sizes = {key: value.numel() * value.element_size() for key, value in full.items()}
     dist.all_gather_object(told, (name, sizes), group=group)
+    if writes:  # nobody waits for it here: it may take longer than a collective
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(full, folder / name, metadata={"format": "pt"})
     if dist.get_rank() == 0:
         config: Any = model.config
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
@@ -86,7 +88,6 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         weights = {key: file for file, found in told for key in found}
         total = sum(size for _, found in told for size in found.values())
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weights})
-    dist.barrier()
 
 
 def _leader(model: PreTrainedModel) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from stackpkg.params import Params
 from stackpkg.runs import now, read_json, write_json
 from stackpkg.telemetry import receivers, rows
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training import attempts, hang, layout, recovery, running, stop
+from stackpkg.training import attempts, hang, layout, recovery, running, snapshots, stop
 from stackpkg.training.mesh import Mesh, build
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.reproducibility import record
@@ -47,11 +48,12 @@ def run(job_file: Path) -> None:
     folder, p = home.parents[1], params.validate(job["params"])
     layout.start(p.layout.hang_minutes + 2)  # so that ranks tell where they wait before the wait breaks off
     mesh = build(p.layout)
+    meet = layout.patient(p.layout.timeout_minutes)
     watch = hang.Watch(home, dist.get_rank(), p.layout.hang_minutes)
     held = _precision(home, p).training.precision != p.training.precision  # what a rung said that lasts to the end
     rung = recovery.RUNGS.index("fp32") + 1 if held else 0
     while True:
-        rung = _attempt(job, home, folder, _precision(home, p), mesh, rung, watch)
+        rung = _attempt(job, home, folder, _precision(home, p), mesh, rung, watch, meet)
         if rung in (0, len(recovery.RUNGS)):
             break  # "stop": without a report, and without an error, for torch elastic would only try the same again
         gc.collect()  # the model of that attempt
@@ -75,7 +77,7 @@ def _climb(home: Path, fault: recovery.RollBack, precision: str) -> int:
     return recovery.RUNGS.index(told[0]) + 1
 
 
-def _initial(p: Params, stream: Stream) -> PreTrainedModel:
+def _model(p: Params, stream: Stream) -> PreTrainedModel:
     """The model a profile asks for; embeddings of texts begin from how rare words are in the corpus."""
     model = models.build(p.model, stream.vocab_size, stream.pad_id, p.seed)
     if (embedder := getattr(model, "embedder", None)) is not None:
@@ -84,7 +86,32 @@ def _initial(p: Params, stream: Stream) -> PreTrainedModel:
     return model
 
 
-def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mesh, rung: int, watch: hang.Watch) -> int:
+def _initial(home: Path, p: Params, stream: Stream) -> None:
+    """Make the weights that the job begins with, unless they are there: for rank 0, in the memory of its host. Raises
+    `ValueError` where they don't fit in there."""
+    if (home / "initial").exists():
+        return
+    needed = models.weight(p.model, stream.vocab_size, stream.pad_id) / 2**30
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > has:
+        raise ValueError(
+            f"the weights of this model are {needed:,.1f} GiB in fp32, and rank 0, which makes them, is on a host with "
+            f"{has:,.1f} GiB of memory: let the first node have more, or make the model in the profile smaller"
+        )
+    print(f"[{home.name}] makes the initial weights, {needed:,.1f} GiB", flush=True)
+    snapshots.make(home / "initial", lambda folder: _model(p, stream).save_pretrained(folder))
+
+
+def _attempt(
+    job: dict[str, Any],
+    home: Path,
+    folder: Path,
+    p: Params,
+    mesh: Mesh,
+    rung: int,
+    watch: hang.Watch,
+    meet: Callable[[], None],
+) -> int:
     """Train from the newest checkpoint on; the rung of the ladder that comes next, 0 where the job has ended."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     attempt, checkpoint = attempts.begin(home, record(job, p))
@@ -99,12 +126,11 @@ def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mes
         raise ValueError(
             f"the corpus is {stream.manifest_digest[:16]}, this job began with {began[:16]}: roll back to it"
         )
-    initial = home / "initial"
-    if rank == 0 and not (initial / "config.json").exists():
-        _initial(p, stream).save_pretrained(initial)
-    dist.barrier()
+    if rank == 0:
+        _initial(home, p, stream)
+    meet()
     enable_full_determinism(p.seed) if p.training.deterministic else set_seed(p.seed)
-    model = layout.load_sharded(initial, p)
+    model = layout.load_sharded(home / "initial", p)
     receivers.settle(p, folder, job["name"])
     arguments = TrainingArguments(**training_arguments(p, home, job["steps"]), use_cpu=not torch.cuda.is_available())
     trainer = StackTrainer(
@@ -141,8 +167,10 @@ def _attempt(job: dict[str, Any], home: Path, folder: Path, p: Params, mesh: Mes
         return 0
 
     trainer.save_model(str(home / "final"))
+    meet()
     with trainer.ema.swapped():
         trainer.save_model(str(home / "final_ema"))
+    meet()
     summary = {
         "steps": trainer.state.global_step,
         "ranks": ranks,
