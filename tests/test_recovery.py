@@ -10,7 +10,7 @@ from stackpkg import params
 from stackpkg.data import curriculum
 from stackpkg.runs import read_json
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training.faults import inject
+from stackpkg.training.faults import inject, overflow
 from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS, RollBack, Skips, climb, history
 
 
@@ -160,15 +160,21 @@ def settle() -> None:
 def test_faults_strike_where_they_are_told_to() -> None:
     model, optimizer = trained()
     clean = [parameter.grad.clone() for parameter in model.parameters()]
-    at = {"step": 3, "rank": 1, "attempt": 2, "cursor": 7, "precision": "bf16"}
-    fault = {"kind": "nan_gradient", "step": [3, 4], "rank": 1, "attempt": 2, "cursor": 7, "precision": "bf16"}
-    for key, other in {"step": 5, "rank": 0, "attempt": 1, "cursor": 6, "precision": "fp32"}.items():
+    at = {"step": 3, "rank": 1, "attempt": 2, "cursor": 7}
+    fault = {"kind": "nan_gradient", "step": [3, 4], "rank": 1, "attempt": 2, "cursor": 7}
+    for key, other in {"step": 5, "rank": 0, "attempt": 1, "cursor": 6}.items():
         inject(fault, model, optimizer, settle, **at | {key: other})
     assert same([parameter.grad for parameter in model.parameters()], clean)
     inject(fault, model, optimizer, settle, **at)
     assert sum(int(parameter.grad.isnan().sum()) for parameter in model.parameters()) == 1
     with pytest.raises(ValueError, match="unknown fault 'bit_flip'; known: kill, terminate, kill_saving, hang"):
         inject({"kind": "bit_flip", "step": 1}, model, optimizer, settle, **at)
+
+
+def test_an_overflow_is_one_in_the_arithmetic_of_bf16_alone() -> None:
+    assert overflow(torch.zeros(2)) == 0 and overflow(torch.zeros(2, dtype=torch.bfloat16)).isnan()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert overflow(torch.zeros(2)).isnan()
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
