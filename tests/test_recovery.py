@@ -1,6 +1,7 @@
 """A bad step leaves no trace: weights and Adam's moments are the same bits after it."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,19 @@ def test_a_spike_is_dropped_and_the_window_learns_nothing_from_it() -> None:
 def test_a_level_shift_costs_four_updates_and_no_more() -> None:
     skipped, skips = told([1.0] * 12 + [30.0] * 12)
     assert skipped == [False] * 12 + [True] * 4 + [False] * 8 and min(skips.window) == 30.0
+
+
+def test_a_ratio_drops_fewer_sound_updates_than_a_robust_z() -> None:
+    """On norms of a real job that alternate with what its batches carry; what is 100 times as large both drop."""
+    recorded = read_json(Path(__file__).parent / "golden_losses/one-process.json")["grad_norm"]
+    norms = [norm for norm in map(float.fromhex, recorded) if math.isfinite(norm)]
+    robust = SPIKE.model_copy(update={"comparison": "robust_z_above", "threshold": 6.0})
+    dropped = [sum(told(norms, Skips(rule))[0]) for rule in (SPIKE, robust)]
+    assert dropped[0] <= 1 < 10 < dropped[1]
+    for rule in (SPIKE, robust):
+        for at in range(10, len(norms), 9):
+            hundredfold = [norm * (100 if step == at else 1) for step, norm in enumerate(norms)]
+            assert told(hundredfold, Skips(rule))[0][at]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
