@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,16 +41,19 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why, run nothing")] = False,
 ) -> None:
     """Execute the notebooks of a profile in order; skip what has not changed; seal the run."""
-    p = _profile(profile)
+    from stackpkg.training.sigterm import Heed
+
+    p, heed = _profile(profile), Heed()
     try:
         p = params.validate(p.model_dump() | {"run": name or p.run})
         from stackpkg import pipeline
 
-        sealed = pipeline.run(p, sys.stdout, first=first, only=only, last=last, force=force, dry_run=dry_run)
+        with heed:
+            sealed = pipeline.run(p, sys.stdout, first=first, only=only, last=last, force=force, dry_run=dry_run)
     except KeyboardInterrupt:
-        stop("interrupted; run the same command again to go on where it stopped")
+        stop("interrupted; run the same command again to go on where it stopped", 143 if heed.got else 1)
     except (OSError, RuntimeError, ValueError) as error:  # a stage that failed says where, why and what next
-        stop(error)
+        stop(error, 143 if heed.got else 1)
     if sealed:
         typer.echo(f"sealed outbox/{p.run}, manifest {sealed['manifest_sha256'][:16]}")
         typer.secho(sealed["notice"], fg="yellow", bold=True)
@@ -67,7 +69,6 @@ def launch(
     """Train: here, or on the cluster that the profile names. The same call goes on with a job that was interrupted."""
     from stackpkg.training import clusters
     from stackpkg.training import launch as launcher
-    from stackpkg.training import stop as stopping
 
     p = _profile(profile)
     command = ["python", *launcher.command(f"outbox/{p.run}/checkpoints/{job}/job.json", p)[1:]]
@@ -76,9 +77,6 @@ def launch(
             away = p.cluster.scheduler != "none"
             typer.echo(clusters.render(p, job, command) if away else " ".join(command), nl=not away)
             return
-        home = RunFolder(p.run).path / "checkpoints" / job
-        if p.cluster.scheduler == "none":  # a job that runs here ends whole, then this does
-            signal.signal(signal.SIGTERM, lambda *_: stopping.request(home, "SIGTERM"))
         done = launcher.launch(job, p, RunFolder(p.run))
     except (OSError, RuntimeError, ValueError) as error:  # what is missing, what failed, or what to run by hand
         stop(error)

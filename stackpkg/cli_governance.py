@@ -112,16 +112,19 @@ def restore(
 
 
 def demote(path: Folder, reason: Annotated[str, typer.Option(help="who decided, and why: it is kept")]) -> None:
-    """Take the promoted version out of use: the one before it is current again. Deletes nothing."""
+    """Take the promoted version out of use: the one before it is current again, without any that learned from what is
+    withdrawn or expired. Deletes nothing."""
     from stackpkg.training import promotion
 
     run = folder_at(path).path
-    version = promotion.registry(run / "artifacts")["current"]
     try:
         back = promotion.demote(run / "artifacts", reason)
     except ValueError as error:
         stop(error)
-    typer.echo(f"{version} is demoted; in use: {back or 'none'}. `stackpkg reinstate` brings one back")
+    event = [each for each in promotion.registry(run / "artifacts")["history"] if each["event"] == "demoted"][-1]
+    for version, why in event.get("passed_over", {}).items():
+        typer.echo(f"passed over: {version}, {why}")
+    typer.echo(f"{event['version']} is demoted; in use: {back or 'none'}. `stackpkg reinstate` brings one back")
     unsealed(run)
 
 
@@ -130,7 +133,8 @@ def reinstate(
     version: Annotated[str, typer.Option(help="such as v2, promoted once")],
     reason: Annotated[str, typer.Option(help="who decided, and why: it is kept")],
 ) -> None:
-    """Make a version that was promoted once the current one again, if every byte of it is as it was."""
+    """Make a version that was promoted once the current one again, if every byte of it is as it was and nothing that it
+    learned from is withdrawn or expired."""
     from stackpkg.training import promotion
 
     run = folder_at(path).path

@@ -20,9 +20,9 @@ def unsealed(run: Path) -> None:
         typer.echo("this run was sealed, and is another now: run its profile again, which seals it anew")
 
 
-def stop(message: object) -> NoReturn:
+def stop(message: object, status: int = 1) -> NoReturn:
     typer.secho(str(message), fg="red", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)
 
 
 def folder_at(path: Path) -> runs.RunFolder:

@@ -12,6 +12,7 @@ NEXT = {
     "ModuleNotFoundError": "`stackpkg doctor` tells where the environment differs from the lock, `make env` mends it",
     "DeadKernelError": "the kernel died, most often for want of memory: `stackpkg doctor` tells how much there is; "
                        "take fewer processes or a smaller batch",
+    "Stopped": "nothing has to be mended: the job has a checkpoint of its last step",
     "MemoryError": "take fewer processes or a smaller batch; `stackpkg doctor` tells what memory is there",
     "CellTimeoutError": "the cell hung: see its last output in the executed copy, and the runbook HangDiagnosis",
 }  # fmt: skip

@@ -1,14 +1,19 @@
-"""Who holds a run: one process at a time, by a lock beside it that the kernel frees at the process's death."""
+"""Who holds a run, or a folder: one process at a time, by a lock that the kernel frees at the process's death."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from stackpkg import runs
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _file(name: str) -> Path:
@@ -45,3 +50,21 @@ def exclusive(name: str) -> Iterator[None]:
         stream.write(str(os.getpid()))
         stream.flush()
         yield
+
+
+def in_turn(act: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+    """For what reads in a folder, its first argument, decides and writes there: another waits until it is done. Nothing
+    is held on a file system that can't lock a folder."""
+
+    @wraps(act)
+    def held(folder: Path, *given: P.args, **named: P.kwargs) -> T:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            return act(folder, *given, **named)
+        finally:
+            os.close(handle)
+
+    return held

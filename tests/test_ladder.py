@@ -39,7 +39,7 @@ def mended(lab: RunFolder, clean: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Weights that one rank damaged once; data that always poisons; a number that bf16 can't hold."""
     hurt = {"kind": "nan_parameter", "step": 3, "rank": 1, "attempt": 1}
     data = {"kind": "nan_gradient", "cursor": [step - 1 for step in BURST]}
-    overflow = {"kind": "inf_gradient", "precision": "bf16", "step": list(range(4, 13))}
+    overflow = {"kind": "overflow", "step": list(range(4, 13))}
     return run(lab, hurt=Job(patient(processes=2), [hurt], steps=12)) | run(
         lab, poisoned=Job(patient(), [data], steps=12), overflowing=Job(patient("bf16"), [overflow], steps=12)
     )

@@ -408,13 +408,14 @@ def test_after_kill_9_the_next_run_goes_on_and_no_kernel_is_left(
     assert runs.read_json(repo.folder / "evidence/30_end_run.json") == {"parity": 1}
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
 def test_interrupting_stops_the_kernel_and_says_how_to_go_on(
-    repo: Repository, slow: tuple[subprocess.Popen[str], int]
+    repo: Repository, slow: tuple[subprocess.Popen[str], int], number: signal.Signals, status: int
 ) -> None:
     process, kernel = slow
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == status
     assert said.splitlines()[-1] == "interrupted; run the same command again to go on where it stopped"
     wait_for(lambda: not alive(kernel), 20)
     assert repo.lock("20_use")["state"] == "failed"

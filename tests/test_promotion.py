@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,32 @@ def test_only_an_artifact_that_is_as_it_was_promoted_comes_back(tmp_path: Path, 
     assert promotion.registry(artifacts)["current"] == "v1"
     promotion.roll_back(artifacts, "v3", "false alarm")
     assert promotion.demote(artifacts, "it was true") == "v1", "v2 is damaged: passed over"
+
+
+def test_a_promotion_in_the_middle_of_a_demotion_waits_and_stays(
+    tmp_path: Path, candidate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A demotion hashes every artifact before it writes: what is promoted meanwhile may not be lost."""
+    artifacts, real, late = tmp_path / "artifacts", promotion.whole, list[threading.Thread]()
+    for version in ("v1", "v2"):
+        promotion.promote(artifacts, candidate, version, {}, [])
+
+    def slow(given: Path, version: str) -> bool:
+        if not late:
+            late.append(threading.Thread(target=promotion.promote, args=(artifacts, candidate, "v3", {}, [])))
+            late[0].start()
+            late[0].join(0.5)
+        return real(given, version)
+
+    monkeypatch.setattr(promotion, "whole", slow)
+    assert promotion.demote(artifacts, "slow") == "v1"
+    late[0].join()
+    told = promotion.registry(artifacts)
+    assert [(event["event"], event["version"]) for event in told["history"][2:]] == [
+        ("demoted", "v2"),
+        ("promoted", "v3"),
+    ]
+    assert told["current"] == "v3"
 
 
 def card(version: str) -> str:

@@ -1,6 +1,7 @@
 """A bad step leaves no trace: weights and Adam's moments are the same bits after it."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from stackpkg import params
 from stackpkg.data import curriculum
 from stackpkg.runs import read_json
 from stackpkg.telemetry.guard import Guard
-from stackpkg.training.faults import inject
+from stackpkg.training.faults import inject, overflow
 from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS, RollBack, Skips, climb, history
 
 
@@ -110,6 +111,19 @@ def test_a_level_shift_costs_four_updates_and_no_more() -> None:
     assert skipped == [False] * 12 + [True] * 4 + [False] * 8 and min(skips.window) == 30.0
 
 
+def test_a_ratio_drops_fewer_sound_updates_than_a_robust_z() -> None:
+    """On norms of a real job that alternate with what its batches carry; what is 100 times as large both drop."""
+    recorded = read_json(Path(__file__).parent / "golden_losses/one-process.json")["grad_norm"]
+    norms = [norm for norm in map(float.fromhex, recorded) if math.isfinite(norm)]
+    robust = SPIKE.model_copy(update={"comparison": "robust_z_above", "threshold": 6.0})
+    dropped = [sum(told(norms, Skips(rule))[0]) for rule in (SPIKE, robust)]
+    assert dropped[0] <= 1 < 10 < dropped[1]
+    for rule in (SPIKE, robust):
+        for at in range(10, len(norms), 9):
+            hundredfold = [norm * (100 if step == at else 1) for step, norm in enumerate(norms)]
+            assert told(hundredfold, Skips(rule))[0][at]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_ladder_is_climbed_rung_by_rung_at_one_place(tmp_path: Path, precision: str) -> None:
     for number in (2, 4, 6):
@@ -160,15 +174,21 @@ def settle() -> None:
 def test_faults_strike_where_they_are_told_to() -> None:
     model, optimizer = trained()
     clean = [parameter.grad.clone() for parameter in model.parameters()]
-    at = {"step": 3, "rank": 1, "attempt": 2, "cursor": 7, "precision": "bf16"}
-    fault = {"kind": "nan_gradient", "step": [3, 4], "rank": 1, "attempt": 2, "cursor": 7, "precision": "bf16"}
-    for key, other in {"step": 5, "rank": 0, "attempt": 1, "cursor": 6, "precision": "fp32"}.items():
+    at = {"step": 3, "rank": 1, "attempt": 2, "cursor": 7}
+    fault = {"kind": "nan_gradient", "step": [3, 4], "rank": 1, "attempt": 2, "cursor": 7}
+    for key, other in {"step": 5, "rank": 0, "attempt": 1, "cursor": 6}.items():
         inject(fault, model, optimizer, settle, **at | {key: other})
     assert same([parameter.grad for parameter in model.parameters()], clean)
     inject(fault, model, optimizer, settle, **at)
     assert sum(int(parameter.grad.isnan().sum()) for parameter in model.parameters()) == 1
     with pytest.raises(ValueError, match="unknown fault 'bit_flip'; known: kill, terminate, kill_saving, hang"):
         inject({"kind": "bit_flip", "step": 1}, model, optimizer, settle, **at)
+
+
+def test_an_overflow_is_one_in_the_arithmetic_of_bf16_alone() -> None:
+    assert overflow(torch.zeros(2)) == 0 and overflow(torch.zeros(2, dtype=torch.bfloat16)).isnan()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert overflow(torch.zeros(2)).isnan()
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -295,6 +295,20 @@ def test_an_interrupt_leaves_a_sweep_that_goes_on_in_the_same_process(folder: Ru
     assert len({trial.user_attrs["job"] for trial in parts["search"].trials()}) == 4
 
 
+def test_a_trial_that_ends_with_all_that_runs_here_is_asked_again(folder: RunFolder, jobs: Jobs) -> None:
+    """SIGTERM: the trial has its checkpoint, and is no result."""
+    name = "sweep-search-001"
+    jobs.reports[name] = Stopped(f"{name} stopped after step 3: SIGTERM")
+    write_json(folder / f"checkpoints/{name}/attempts.json", [{"stopped": {"step": 3, "reason": "SIGTERM"}}])
+    with pytest.raises(Stopped):
+        sweep.run(P, folder)
+    assert (folder.path / f"checkpoints/{name}/checkpoint-2").exists()
+    jobs.reports.clear()
+    parts = sweep.run(P, folder)
+    assert len(parts["search"].trials()) == 4 and jobs.names.count(name) == 2
+    assert all("error" not in trial.user_attrs for trial in parts["search"].trials())
+
+
 WORKER = """
 import sys
 from pathlib import Path

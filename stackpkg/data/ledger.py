@@ -19,10 +19,11 @@ from stackpkg.data.stream import RATES, Stream
 class Ledger:
     """What a training job of a run read. Holds for any number of ranks and after any resume: these change nothing.
 
-    `run` is the run's folder, `name` its job. Raises `ValueError` when the shards are no longer those of the job.
+    `run` is the run's folder, `name` its job; with `decided`, as it was when no more than so many decisions about its
+    data had been taken. Raises `ValueError` when the shards are no longer those of the job.
     """
 
-    def __init__(self, run: Path, name: str) -> None:
+    def __init__(self, run: Path, name: str, decided: int | None = None) -> None:
         home = run / "checkpoints" / name
         if not (home / "job.json").exists():
             jobs = sorted(path.parent.name for path in run.glob("checkpoints/*/job.json"))
@@ -32,7 +33,7 @@ class Ledger:
             if runs.digest(run / "data" / file) != sha:
                 raise ValueError(f"{name} was trained on {file} {sha[:16]}, this is another: roll back to it first")
         self.steps, self.p = int(job["steps"]), params.validate(job["params"])
-        self.stream = Stream(run / "data", self.p, curriculum.decisions(home / "decisions.jsonl"))
+        self.stream = Stream(run / "data", self.p, curriculum.decisions(home / "decisions.jsonl")[:decided])
 
     def step(self, step: int) -> list[dict[str, Any]]:
         """What was in optimiser step `step` (from 0): a dict for each document, filler, task and labelled item."""

@@ -31,7 +31,7 @@ from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.sweep.space import excess, overlay, rung, space, variant
 from stackpkg.telemetry.guard import WARM
 from stackpkg.training.launch import describe, launch
-from stackpkg.training.stop import FILE, Stopped, request
+from stackpkg.training.stop import FILE, TERMINATED, Stopped, request, stopped
 
 LOOK_SECONDS = 0.2
 PROFILE = 0  # the trial whose factors are all 1
@@ -167,10 +167,13 @@ class Part:
         job.reports = len(reports)
 
     def tell(self, job: Job, error: BaseException | None) -> None:
-        """The end of a job. A failure or a timeout is a result; any other error is raised."""
+        """The end of a job. A failure or a timeout is a result; any other error is raised. So is the end of all that
+        runs here (SIGTERM): the trial is asked again, and goes on."""
         trial, home = job.trial, self.folder.path / "checkpoints" / job.name
         if isinstance(error, Stopped) and job.pruned and math.isfinite(job.loss):
             self.study.tell(trial, state=TrialState.PRUNED)
+        elif isinstance(error, Stopped) and (stopped(home) or {}).get("reason") == TERMINATED:
+            raise error
         elif isinstance(error, RuntimeError | TimeoutError):
             self._fail(trial, str(error)[-500:])
         elif error:

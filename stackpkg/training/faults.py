@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stackpkg.training.mesh import local
 
 LOSSES = {"nan_loss": float("nan"), "inf_loss": float("inf")}
+OVERFLOW = "overflow"
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
 KINDS = (
-    *SIGNALS, "kill_saving", "hang", "slow", "disk_full", "clock_back", "hot_rate", "flip_byte", *LOSSES,
+    *SIGNALS, "kill_saving", "hang", "slow", "disk_full", "clock_back", "hot_rate", "flip_byte", *LOSSES, OVERFLOW,
     "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "inf_parameter", "nan_moment", "inf_moment",
 )  # fmt: skip
 ROOM = 1 << 16  # bytes that a file may have once the disk is full
@@ -36,6 +38,26 @@ def spoilt(loss: Tensor, faults: Iterable[dict[str, Any]], here: dict[str, Any])
         if fault["kind"] in LOSSES and meant(fault, here):
             loss = loss * LOSSES[fault["kind"]]
     return loss
+
+
+def overflow(like: Tensor) -> Tensor:
+    """A sum of two products less itself: 0 in fp32, and in bf16, which holds every factor exactly, infinity less
+    infinity, for the sum of 3.3996e38 is beyond all that rounds to a number there (3.3962e38) and not in fp32."""
+    left, right = like.new_tensor([[255 / 128, 7 / 256]]), like.new_tensor([[255 / 128], [1.0]])
+    total = (2.0**63 * left) @ (2.0**63 * right)
+    return (total - total).sum()
+
+
+def plant(model: PreTrainedModel, faults: Iterable[dict[str, Any]], here: Callable[[], dict[str, Any]]) -> None:
+    """Where a fault is an `overflow`, each training step that it means has one in the head of the model: among its
+    outputs and in the numbers that these are computed in."""
+
+    def strike(head: nn.Module, _: Any, logits: Tensor) -> Tensor:
+        struck = head.training and any(fault["kind"] == OVERFLOW and meant(fault, here()) for fault in faults)
+        return logits + overflow(logits) if struck else logits
+
+    if any(fault["kind"] == OVERFLOW for fault in faults) and (head := model.get_output_embeddings()) is not None:
+        head.register_forward_hook(strike)
 
 
 def flip(path: Path, offset: int | None = None) -> None:
@@ -61,20 +83,20 @@ def inject(
 ) -> None:
     """Do the damage that `fault` asks for, between the backward pass and the update, if it names this place.
 
-    `here` is step (from 1), rank, attempt, cursor (step of the data, from 0) and precision; a fault names any of
-    them, by a value or a list of values. Kinds: `kill` and `terminate` (SIGKILL and SIGTERM, as the machine would,
+    `here` is step (from 1), rank, attempt and cursor (step of the data, from 0); a fault names any of them, by a value
+    or a list of values. Kinds: `kill` and `terminate` (SIGKILL and SIGTERM, as the machine would,
     but after `settle`: a drill ends the same each time); `hang`, for ever; `slow`, `seconds` later; `disk_full`, from
     when on no file grows beyond `ROOM` bytes; `clock_back`, by a day; `flip_byte`, the one at `offset` of `file`
     below the run's `folder`; `hot_rate`, this update at `factor` times the learning rate; NaN or infinity in one
     number of a gradient, of a weight or of Adam's first moment, from which the next gradients are none; or a gradient
-    10,000 times as large. Done elsewhere are `kill_saving`, while the checkpoint of a step is written, and the losses
-    of `spoilt`.
+    10,000 times as large. Done elsewhere are `kill_saving`, while the checkpoint of a step is written, the losses
+    of `spoilt`, and the `overflow` that `plant` makes.
     Raises `ValueError` for an unknown kind.
     """
     kind = fault["kind"]
     if kind not in KINDS:
         raise ValueError(f"unknown fault {kind!r}; known: {', '.join(KINDS)}")
-    if kind == "kill_saving" or kind in LOSSES or not meant(fault, here):
+    if kind in ("kill_saving", OVERFLOW, *LOSSES) or not meant(fault, here):
         return
     if kind in SIGNALS:
         settle()

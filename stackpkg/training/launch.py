@@ -21,7 +21,7 @@ from stackpkg.runs import RunFolder, digest, portable, read_json, root, write_js
 from stackpkg.telemetry import receivers
 from stackpkg.telemetry.exporter import target
 from stackpkg.telemetry.privacy import clean
-from stackpkg.training import clusters, previous, running, support
+from stackpkg.training import clusters, previous, running, sigterm, support
 from stackpkg.training.stop import Stopped, killed, stopped
 
 TETHER, WORKER, EXPORTER = (f"stackpkg.{name}" for name in ("training.tether", "training.worker", "telemetry.exporter"))
@@ -162,7 +162,7 @@ def launch(
         with running.hold(home), _exported(name, p, folder):
             clusters.follow(p, name, home, shown)
     else:
-        with running.hold(home), _exported(name, p, folder):
+        with running.hold(home), _exported(name, p, folder), sigterm.heeded(home):
             _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
     if done.exists() or stopped(home):
         target(folder.path, name).unlink(missing_ok=True)  # nobody is to miss it

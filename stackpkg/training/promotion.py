@@ -7,6 +7,7 @@ import json
 import operator
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import hypergeom
 
+from stackpkg import locks
+from stackpkg.data import curriculum
 from stackpkg.runs import as_json, digest, files_below, now, read_json, write_json, write_text
-from stackpkg.training import snapshots, versions
+from stackpkg.training import learned, snapshots, versions
 from stackpkg.training.snapshots import MANIFEST, PROMOTED, flush
 
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
@@ -140,6 +143,7 @@ def _enter(artifacts: Path, event: dict[str, Any], current: str | None) -> None:
     write_json(artifacts / "registry.json", {"current": current, "history": history})
 
 
+@locks.in_turn
 def promote(
     artifacts: Path,
     candidate: Path,
@@ -154,8 +158,9 @@ def promote(
     refusal and its reasons. `card` is its model card; `snapshot`, the checkpoint it is of, will not be pruned.
 
     The entry holds the measured `values`, the digests of the artifact, of its weights and of the corpus that the
-    snapshot tells, and the versions of its architecture and states. What the registry holds already is not entered
-    again: the same refusal, the current version. Raises `ValueError` for a known version with other bytes.
+    snapshot tells, what `learned` asks for, and the versions of its architecture and states. What the registry holds
+    already is not entered again: the same refusal, the current version. Raises `ValueError` for a known version with
+    other bytes.
     """
     if missed:
         refused = json.loads(as_json({"event": "refused", "version": version, "missed": missed, "values": values}))
@@ -188,13 +193,15 @@ def promote(
     temporary.rename(target)
     flush(artifacts)
     shutil.rmtree(replaced, ignore_errors=True)
+    event: dict[str, Any] = {"event": "promoted", "version": version, "sha256": digest(target), "values": values}
+    event |= {"versions": told, "weights": weights(target)}
     if snapshot:
-        marks, step = snapshots.promoted(snapshot.parent), read_json(snapshot / MANIFEST)["step"]
+        about, home = read_json(snapshot / MANIFEST), snapshot.parent
+        marks, step = snapshots.promoted(home), about["step"]
         marks[step] = [*(given for given in marks.get(step, ()) if given != version), version]
-        write_json(snapshot.parent / PROMOTED, {str(at): " ".join(given) for at, given in marks.items()})
-    event = {"event": "promoted", "version": version, "sha256": digest(target), "values": values, "versions": told}
-    event["weights"] = weights(target)
-    event |= {"data": read_json(snapshot / MANIFEST)["data"]} if snapshot else {}
+        write_json(home / PROMOTED, {str(at): " ".join(given) for at, given in marks.items()})
+        event |= {"data": about["data"], "job": home.name, "step": step}
+        event["decided"] = len(curriculum.decisions(home / "decisions.jsonl"))
     _enter(artifacts, event, version)
     return True
 
@@ -217,27 +224,43 @@ def whole(artifacts: Path, version: str) -> bool:
     return entry is not None and (artifacts / version).is_dir() and digest(artifacts / version) == entry["sha256"]
 
 
+def barred(artifacts: Path, version: str) -> str:
+    """Why a version may not come into use again: it is not on disk as it was promoted, or learned from what may not be
+    used any more. Empty when it may."""
+    if not whole(artifacts, version):
+        return "never promoted, or changed since"
+    return learned.overdue(artifacts.parent, promotions(artifacts)[version], int(time.time()))
+
+
+@locks.in_turn
 def demote(artifacts: Path, reason: str) -> str | None:
-    """Make the version promoted before the current one current again; returns it, None when there is none. One that is
-    not on disk as it was promoted is passed over. Raises `ValueError` where none is current."""
+    """Make the version promoted before the current one current again; returns it, None when there is none. One that may
+    not come back is passed over, and entered as `passed_over` with the reason. Raises `ValueError` where none is
+    current."""
     current = registry(artifacts)["current"]
     if current is None:
         raise ValueError(f"no version is in use; promoted so far: {', '.join(promotions(artifacts)) or 'none'}")
-    earlier = [version for version in _line(artifacts) if version != current and whole(artifacts, version)]
-    back = earlier[-1] if earlier else None
-    _enter(artifacts, {"event": "demoted", "version": current, "reason": reason}, back)
+    back, passed = None, dict[str, str]()
+    for version in reversed([version for version in _line(artifacts) if version != current]):
+        if not (why := barred(artifacts, version)):
+            back = version
+            break
+        passed[version] = why
+    event = {"event": "demoted", "version": current, "reason": reason} | ({"passed_over": passed} if passed else {})
+    _enter(artifacts, event, back)
     return back
 
 
+@locks.in_turn
 def roll_back(artifacts: Path, version: str, reason: str) -> None:
     """Make `version`, which was promoted once, current again, whatever was decided since.
 
-    Raises `ValueError` for one that never was, is not on disk as it was promoted, or is current.
+    Raises `ValueError` for one that is `barred`, or is current.
     """
     if version == registry(artifacts)["current"]:
         raise ValueError(f"{version} is current already")
-    if not whole(artifacts, version):
-        there = [known for known in sorted(promotions(artifacts)) if whole(artifacts, known)]
-        raise ValueError(f"{version} can't be current: never promoted, or changed since; allowed: {there or 'none'}")
+    if why := barred(artifacts, version):
+        there = [known for known in sorted(promotions(artifacts)) if not barred(artifacts, known)]
+        raise ValueError(f"{version} can't be current: {why}; allowed: {there or 'none'}")
     event = {"event": "rolled_back", "version": version, "from": registry(artifacts)["current"], "reason": reason}
     _enter(artifacts, event, version)

@@ -15,7 +15,8 @@ from typing import Any
 from stackpkg.runs import read_json, write_json, write_text
 from stackpkg.telemetry.privacy import clean
 
-FILE, SAVE, KILL, PREEMPTED = "stop", "save", "kill", "preempted"
+FILE, SAVE, KILL = "stop", "save", "kill"
+PREEMPTED, TERMINATED = "preempted", "SIGTERM"  # reasons
 
 
 class Stopped(RuntimeError):

@@ -27,7 +27,7 @@ from stackpkg.telemetry.guard import Guard
 from stackpkg.telemetry.rows import RowWriter
 from stackpkg.training import riders, snapshots, stop, versions
 from stackpkg.training.ema import ShardedEMA, reshard
-from stackpkg.training.faults import inject, spoilt
+from stackpkg.training.faults import inject, plant, spoilt
 from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.measuring import Measuring
 from stackpkg.training.mesh import Mesh
@@ -73,6 +73,7 @@ class StackTrainer(Reporting):
         self.composer = self.loss.composer
         self.ema = ShardedEMA(model, p.optimization.ema_decay)
         self.skips, self.guard, self.faults = Skips(guard.named("TrainGradSpike")), guard, faults
+        plant(model, faults, self._here)
         self.retriever = Retriever(stream, p)
         self.rows = RowWriter(folder / "telemetry" / name, p.run, attempt, self.rank, dist.get_world_size())
         self.rows.told = self.tell
@@ -135,9 +136,9 @@ class StackTrainer(Reporting):
     # ---- update
     def _here(self) -> dict[str, Any]:
         """What a fault may name."""
-        step, precision = self.state.global_step, self.p.training.precision
+        step = self.state.global_step
         cursor = self.stream.plan.position(step)
-        return {"step": step + 1, "rank": self.rank, "attempt": self.attempt, "precision": precision, "cursor": cursor}
+        return {"step": step + 1, "rank": self.rank, "attempt": self.attempt, "cursor": cursor}
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         for fault in self.faults:
