@@ -16,6 +16,7 @@ from stackpkg.runs import read_json, write_json, write_text
 from stackpkg.telemetry.privacy import clean
 
 FILE, SAVE, KILL, PREEMPTED = "stop", "save", "kill", "preempted"
+AGAIN = 143  # exit code of a job that was stopped by a preemption: it wants to go on
 
 
 class Stopped(RuntimeError):
@@ -61,4 +62,4 @@ def stopped(home: Path) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(143 if (stopped(Path(sys.argv[1])) or {}).get("reason") == PREEMPTED else 0)
+    sys.exit(AGAIN if (stopped(Path(sys.argv[1])) or {}).get("reason") == PREEMPTED else 0)
