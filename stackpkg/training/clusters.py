@@ -34,6 +34,7 @@ KEPT = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.t
 QUIET = KEPT | {
     "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
+EARLY = 60  # seconds that Slurm may tell of the end of a job's time too early (sbatch, --signal)
 POLL = 5.0  # seconds between two looks at a job
 
 
@@ -45,10 +46,11 @@ def name_of(p: Params, name: str) -> str:
 def check(p: Params) -> None:
     """Raises `ValueError` for a profile that its scheduler can't run well."""
     cluster, minutes, grace = p.cluster, p.layout.timeout_minutes, p.cluster.grace_seconds
-    if cluster.scheduler == "slurm" and 60 * minutes <= grace:
+    if cluster.scheduler == "slurm" and 60 * minutes <= grace + EARLY:
         raise ValueError(
-            f"layout.timeout_minutes {minutes:g} is not above cluster.grace_seconds {grace}: Slurm would tell the job "
-            f"to stop as soon as it starts, each time anew; give more minutes than {grace / 60:g}, or a shorter grace"
+            f"layout.timeout_minutes {minutes:g} leaves nothing above cluster.grace_seconds {grace}: Slurm may tell "
+            "the job to stop as soon as it starts, each time anew; give more minutes than "
+            f"{(grace + EARLY) / 60:g}, or a shorter grace"
         )
     if cluster.scheduler == "kubernetes" and not (cluster.image and cluster.claim):
         raise ValueError(
