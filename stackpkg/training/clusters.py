@@ -7,6 +7,8 @@ share.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
 import shutil
@@ -20,7 +22,9 @@ import yaml
 
 from stackpkg import runs
 from stackpkg.params import Params
-from stackpkg.runs import read_json, write_json, write_text
+from stackpkg.runs import portable, read_json, write_json, write_text
+from stackpkg.telemetry.privacy import clean
+from stackpkg.training import stop
 from stackpkg.training.stop import PREEMPTED
 
 HEAD = "$HEAD_NODE"  # stands in a command for the address of the first node
@@ -30,6 +34,7 @@ KEPT = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.t
 QUIET = KEPT | {
     "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
+EARLY = 60  # seconds that Slurm may tell of the end of a job's time too early (sbatch, --signal)
 POLL = 5.0  # seconds between two looks at a job
 
 
@@ -38,30 +43,49 @@ def name_of(p: Params, name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"stackpkg-{p.run}-{name}".lower())[:52].strip("-")
 
 
-def _patient(home: str, line: str) -> list[str]:
+def check(p: Params) -> None:
+    """Raises `ValueError` for a profile that its scheduler can't run well."""
+    cluster, minutes, grace = p.cluster, p.layout.timeout_minutes, p.cluster.grace_seconds
+    if cluster.scheduler == "slurm" and 60 * minutes <= grace + EARLY:
+        raise ValueError(
+            f"layout.timeout_minutes {minutes:g} leaves nothing above cluster.grace_seconds {grace}: Slurm may tell "
+            "the job to stop as soon as it starts, each time anew; give more minutes than "
+            f"{(grace + EARLY) / 60:g}, or a shorter grace"
+        )
+    if cluster.scheduler == "kubernetes" and not (cluster.image and cluster.claim):
+        raise ValueError(
+            "kubernetes needs cluster.image, which has the environment, and cluster.claim, a volume claim "
+            "that holds the repository; give both"
+        )
+
+
+def _patient(line: str) -> list[str]:
     """Shell that runs `line`, and on SIGTERM asks the job for its own stop instead of killing it: torchrun would kill
-    ranks in the middle of a step, this way all of them agree on one checkpoint."""
+    ranks in the middle of a step, this way all of them agree on one checkpoint. A stop that a person asked for stays.
+    """
     return [
-        f"home={shlex.quote(home)}", "preempted= code=0",
-        f"""trap 'preempted=1; echo {PREEMPTED} > "$home/stop"' TERM""",
-        f'if grep -qsx {PREEMPTED} "$home/stop"; then rm "$home/stop"; fi  # of an attempt that was killed too early',
+        f"""trap '[ -e "$home/stop" ] || echo {PREEMPTED} > "$home/stop"' TERM""",
         f"{line} &", "job=$!",
         'while :; do wait "$job" && code=0 || code=$?; kill -0 "$job" 2>/dev/null || break; done',
         'wait "$job" && code=0 || code=$?',  # the trap may have cut the last wait short
     ]  # fmt: skip
 
 
+# whether the job wants to go on; all ranks of it have ended
+ASK = 'if [ "$code" = 0 ]; then python -m stackpkg.training.stop "$home" || code=$?; fi'
+
+
 def slurm(p: Params, name: str, command: Sequence[str]) -> str:
-    """A batch script that runs `command` on every node. Slurm tells it before a preemption, or the end of its time; the
-    job stops whole and is queued again.
+    """A batch script that runs `command` on every node. Before a preemption, or the end of its time, Slurm tells the
+    tasks, not the script; the job stops whole, and the script queues it again.
     """
     cluster, home = p.cluster, f"outbox/{p.run}/checkpoints/{name}"
     # --exclusive: whole nodes. By itself Slurm gives a task one CPU, and all ranks of a node are children of one task
     options = {
         "job-name": name_of(p, name), "nodes": p.layout.nodes, "ntasks-per-node": 1,
-        "gpus-per-node": cluster.gpus_per_node, "time": int(p.layout.timeout_minutes), "partition": cluster.partition,
-        "account": cluster.account, "signal": f"B:TERM@{cluster.grace_seconds}", "open-mode": "append",
-        "output": f"{home}/log.txt",
+        "gpus-per-node": cluster.gpus_per_node, "time": math.ceil(p.layout.timeout_minutes),
+        "partition": cluster.partition, "account": cluster.account, "signal": f"TERM@{cluster.grace_seconds}",
+        "open-mode": "append", "output": f"{home}/log.txt",
     }  # fmt: skip
     heads = [f"#SBATCH --{key}={value}" for key, value in options.items() if value]
     line = " ".join(f'"{part}"' if HEAD in part else shlex.quote(part) for part in command)
@@ -70,8 +94,11 @@ def slurm(p: Params, name: str, command: Sequence[str]) -> str:
         'cd "$SLURM_SUBMIT_DIR"',
         *(f"export {key}={value}" for key, value in QUIET.items()),
         'export HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        *_patient(home, f"srun --kill-on-bad-exit=1 {line}"),
-        'if [ -n "$preempted" ] && [ ! -e "$home/done.json" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        f"export home={shlex.quote(home)}",
+        f'if grep -qsx {PREEMPTED} "$home/stop"; then rm "$home/stop"; fi  # of an attempt that was killed too early',
+        "task=$(cat <<'TASK'", *_patient(line), 'exit "$code"', "TASK", ")",
+        'srun --kill-on-bad-exit=1 bash -c "$task" && code=0 || code=$?',
+        ASK, f'if [ "$code" = {stop.AGAIN} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
         'exit "$code"', "",
     ])  # fmt: skip
 
@@ -79,20 +106,22 @@ def slurm(p: Params, name: str, command: Sequence[str]) -> str:
 def kubernetes(p: Params, name: str, command: Sequence[str]) -> str:
     """A headless Service and an indexed Job of one pod a node. When a pod is preempted the job stops whole: all pods
     exit with 143, which counts for no failure, and those that take their places go on from the checkpoint. A stop that
-    a person asked for ends the Job.
+    a person asked for ends the Job. Pod 0, which has rank 0, keeps the log.
+
+    A pod that starts leaves the stop of another that is being preempted: rank 0 may not have seen it yet. Past the
+    grace that one is dead, and the stop is of no use.
     """
     cluster, called, nodes = p.cluster, name_of(p, name), p.layout.nodes
     line = shlex.join(part.replace(HEAD, f"{called}-0.{called}") for part in command)
     script = [
-        *_patient(f"outbox/{p.run}/checkpoints/{name}", line),
-        'if [ "$code" = 0 ]; then python -m stackpkg.training.stop "$home" || code=$?; fi',
+        f"home={shlex.quote(f'outbox/{p.run}/checkpoints/{name}')} log=",
+        'if [ "$JOB_COMPLETION_INDEX" = 0 ]; then exec > >(tee -a "$home/log.txt") 2>&1; log=$!; fi',
+        f'find "$home" -maxdepth 1 -name {stop.FILE} -mmin +{cluster.grace_seconds / 60:g} '
+        f"-exec grep -qx {PREEMPTED} {{}} \\; -delete  # of a pod that is dead by now",
+        *_patient(line), ASK,
+        'if [ -n "$log" ]; then exec >&- 2>&-; wait "$log"; fi  # for its last lines',
         'exit "$code"',
-    ]
-    if not (cluster.image and cluster.claim):
-        raise ValueError(
-            "kubernetes needs cluster.image, which has the environment, and cluster.claim, a volume claim "
-            "that holds the repository; give both"
-        )
+    ]  # fmt: skip
     volumes = {"repository": {"persistentVolumeClaim": {"claimName": cluster.claim}},
                "shm": {"emptyDir": {"medium": "Memory"}}}  # fmt: skip
     mounts = {"repository": "/repository", "shm": "/dev/shm"}  # noqa: S108  NCCL's shared memory
@@ -112,7 +141,7 @@ def kubernetes(p: Params, name: str, command: Sequence[str]) -> str:
         "backoffLimit": nodes * p.layout.restarts,
         "podFailurePolicy": {"rules": [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
-            {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [143]}},
+            {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [stop.AGAIN]}},
         ]},
         "template": {"metadata": {"labels": {"app": called}}, "spec": pod},
     }  # fmt: skip
@@ -130,6 +159,7 @@ def render(p: Params, name: str, command: Sequence[str]) -> str:
     """What is submitted. Raises `ValueError` for a profile that names no scheduler."""
     if p.cluster.scheduler == "none":
         raise ValueError("cluster.scheduler is none; give slurm or kubernetes")
+    check(p)
     return (slurm if p.cluster.scheduler == "slurm" else kubernetes)(p, name, command)
 
 
@@ -157,9 +187,10 @@ def alive(p: Params, job: str) -> bool:
     """Whether the cluster still has the job, waiting or running."""
     if p.cluster.scheduler == "slurm":
         return bool(_ask("squeue", "--noheader", "--format=%T", f"--name={job}"))
-    told = '--output=jsonpath={.metadata.name} {.status.conditions[?(@.status=="True")].type}'
-    found = _ask("kubectl", "get", "job", job, "--ignore-not-found", told).split()
-    return bool(found) and not {"Complete", "Failed"} & set(found)
+    found = _ask("kubectl", "get", "job", job, "--ignore-not-found", "--output=json")
+    conditions = json.loads(found)["status"].get("conditions", []) if found else []
+    ended = any(one["type"] in ("Complete", "Failed") and one["status"] == "True" for one in conditions)
+    return bool(found) and not ended
 
 
 def follow(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
@@ -178,9 +209,11 @@ def follow(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
     deadline, log, shown = time.monotonic() + 60 * p.layout.timeout_minutes, home / "log.txt", 0
     while True:
         over = (home / "done.json").exists() or not alive(p, called)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        lines = said.splitlines(keepends=True)
+        lines = lines[: len(lines) - bool(said and not said.endswith("\n"))]  # the last may be on its way
         told = [line for line in lines[shown:] if line.startswith(f"[{name}]")]
-        print("".join(f"{line}\n" for line in told), end="", flush=True)
+        print("".join(clean(portable(line)) for line in told), end="", flush=True)
         shown = len(lines)
         if over:
             return

@@ -129,6 +129,7 @@ def launch(
     it fails, `TimeoutError` past `layout.timeout_minutes`.
     """
     support.check(p)
+    clusters.check(p)
     receivers.check(p)
     if why := killed(folder.path / "checkpoints" / name):
         raise ValueError(why)
@@ -171,7 +172,9 @@ def launch(
             raise RuntimeError(f"{name}: {read_json(home / DIAGNOSIS)['message']}")
         if end := stopped(home):
             raise Stopped(f"{name} stopped after step {end['step']}: {end['reason']}; launch it again to go on")
-        raise RuntimeError(f"{name}: the job ended without a report; its log is checkpoints/{name}/log.txt")
+        log = home / "log.txt"
+        left = f"its log is checkpoints/{name}/log.txt" if log.exists() else "it left no log: it never began"
+        raise RuntimeError(f"{name}: the job ended without a report; {left}")
     return read_json(done)
 
 

@@ -17,6 +17,7 @@ from stackpkg.telemetry.privacy import clean
 
 FILE, SAVE, KILL = "stop", "save", "kill"
 PREEMPTED, TERMINATED = "preempted", "SIGTERM"  # reasons
+AGAIN = 143  # exit code of a job that was stopped by a preemption: it wants to go on
 
 
 class Stopped(RuntimeError):
@@ -62,4 +63,4 @@ def stopped(home: Path) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(143 if (stopped(Path(sys.argv[1])) or {}).get("reason") == PREEMPTED else 0)
+    sys.exit(AGAIN if (stopped(Path(sys.argv[1])) or {}).get("reason") == PREEMPTED else 0)
