@@ -24,18 +24,23 @@ from stackpkg.telemetry import guard, kpis
 
 def support(found: dict[str, Any]) -> str:
     """Layout by model: largest relative difference of a gradient from one process's."""
-    cells = {(row["layout"], row["model"]): row for row in found["rows"]}
-    names = list(dict.fromkeys(model for _, model in cells))
+    cells = {(row["layout"], f"{row['model']} {row['precision']}".removesuffix(" fp32")): row for row in found["rows"]}
+    names = sorted(dict.fromkeys(model for _, model in cells), key=lambda model: model.endswith("bf16"))
     rows = []
     for layout in dict.fromkeys(layout for layout, _ in cells):
         here = [cells.get((layout, model)) for model in names]
         shown = [f"{row['gradient']:.0e}" if row and "gradient" in row else "" for row in here]
         rows.append([code(layout), *map(text, shown)])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    limits = ", ".join(f"{name} {limit:g}" for name, limit in found["limits"].items())
-    loss = text(f"{max(row.get('loss', 0.0) for row in found['rows']):.0e}")
-    note = f"Of the gradient; of the loss, {loss} at most\\. Empty: no experts to spread\\. "
-    note += f"Limits: {text(limits)}\\. Versions: {text(versions)}\\.\n"
+    exact = [row for row in found["rows"] if row["precision"] == "fp32"]
+    loss, average = (text(f"{max(row.get(name, 0.0) for row in exact):.0e}") for name in ("loss", "average"))
+    repeated = sum(row.get("repeats", False) for row in found["rows"])
+    note = f"Of the gradient; of the loss, {loss} at most, of the average of the weights {average} (fp32)\\. "
+    note += f"Empty: no experts to spread\\. Repeated by a resume: {repeated} of {len(found['rows'])}\\. "
+    for precision, limits in found["limits"].items():
+        told = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
+        note += f"Limits of {precision}: {text(told)}\\. "
+    note += f"Versions: {text(versions)}\\.\n"
     return note + "\n" + table(" | ".join(["layout", *names]), rows)
 
 

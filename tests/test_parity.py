@@ -1,5 +1,6 @@
 """Layouts compute what one process does: a few with real processes here, all of them in the table launches obey."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from stackpkg import params, runs
 from stackpkg.params import Layout
 from stackpkg.training import launch, parity, support, tiny
 
-FEW = [("fsdp2 + ep2", "stackpkg"), ("tp2", "qwen3"), ("tp2 + ep2", "stackpkg"), ("pp2", "llama")]
+FEW = [
+    ("fsdp2 + ep2", "stackpkg", "fp32"), ("tp2", "qwen3", "fp32"), ("tp2 + ep2", "stackpkg", "fp32"),
+    ("pp2", "llama", "fp32"), ("fsdp2 + ep2", "stackpkg", "bf16"),
+]  # fmt: skip
 TABLE = runs.read_json(support.TABLE)
 
 
@@ -59,7 +63,7 @@ def test_a_checkpoint_is_taken_over_by_any_layout(lab: tuple[Path, list[dict[str
 
 
 def test_bf16_computes_nearly_the_same_on_fp32_weights(lab: tuple[Path, list[dict[str, Any]]]) -> None:
-    alone = parity.read(lab[0], "one-stackpkg", 1)["gradients"]
+    alone = parity.read(lab[0], "one-stackpkg-fp32", 1)["gradients"]
     names, whole = list(alone), torch.cat([gradient.flatten() for gradient in alone.values()])
     for name, processes in (("sharded", 2), ("split", 2), ("cut", 2), ("both", 4)):
         found = parity.read(lab[0], name, processes)
@@ -73,8 +77,51 @@ def test_bf16_computes_nearly_the_same_on_fp32_weights(lab: tuple[Path, list[dic
 # ---- the table
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"norm": 5.0}, {"average": float("nan")}, {"repeats": False}, {"error": "RuntimeError"}], ids=str
+)
+def test_a_row_that_is_off_in_anything_does_not_hold(wrong: dict[str, Any]) -> None:
+    assert support.holds(TABLE["rows"][0]) and not support.holds(TABLE["rows"][0] | wrong)
+
+
+def test_a_difference_that_is_no_number_is_the_largest() -> None:
+    grads = {"a": torch.ones(3), "b": torch.ones(3)}
+    one = {"seen": [[1.0, 1.0, 1.0]], "gradients": grads, "evaluated": {"eval_loss": 1.0}}
+    one |= {"weights": grads, "averages": grads, "initial": {name: torch.zeros(3) for name in grads}}
+    broken = one | {"gradients": grads | {"b": torch.full((3,), torch.nan)}}
+    assert parity.compare(one, one)["gradient"] == 0 and parity.compare(one, broken)["gradient"] != 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "more", "told"),
+    [
+        ("fsdp2 x tp2", {"moe_intermediate_size": 24}, "moe_intermediate_size 24: .* each of 2 .* a multiple of 16"),
+        ("fsdp2", {"moe_intermediate_size": 20}, "moe_intermediate_size 20: .* a multiple of 8"),
+        ("fsdp2", {"hidden_size": 36}, "hidden_size 36: .* a multiple of 8"),
+        ("fsdp2 x tp2 + ep4", {"moe_intermediate_size": 24}, ""),
+    ],
+)
+def test_experts_that_bf16_can_not_multiply_are_refused(layout: str, more: dict[str, int], told: str) -> None:
+    p = tiny.profile("stackpkg", support.LAYOUTS[layout]).model_dump()
+    p["model"]["config"] |= more
+    support.check(params.validate(p))
+    p["training"]["precision"] = "bf16"
+    with pytest.raises(ValueError, match=told) if told else nullcontext():
+        support.check(params.validate(p))
+
+
+def test_bf16_asks_for_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    p = tiny.profile("llama", support.LAYOUTS["tp2"], precision="bf16")
+    support.check(p)
+    exact = [row for row in TABLE["rows"] if (row["layout"], row["precision"]) != ("tp2", "bf16")]
+    monkeypatch.setattr(support, "TABLE", runs.write_json(tmp_path / "support.json", TABLE | {"rows": exact}))
+    support.check(tiny.profile("llama", support.LAYOUTS["tp2"]))
+    with pytest.raises(ValueError, match=r"tp2 was not tested with llama in bf16, .* nearest that holds: "):
+        support.check(p)
+
+
 def test_the_table_holds_every_case_of_these_versions() -> None:
-    assert {(row["layout"], row["model"]) for row in TABLE["rows"]} == set(support.cases(tiny.MODELS, tiny.DENSE))
+    assert {*map(support.case, TABLE["rows"])} == set(support.cases(tiny.MODELS, tiny.DENSE))
     within(TABLE["rows"])
     assert TABLE["limits"] == support.LIMITS
 

@@ -45,11 +45,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_adafactor_computes_in_every_layout_what_it_does_alone(lab: Path, layout: str) -> None:
     alone, found = parity.read(lab, "alone", 1), parity.read(lab, layout, 2)
     assert "error" not in found, found
-    initial = AutoModelForCausalLM.from_pretrained(lab / "initial/stackpkg", dtype=torch.float32)
-    alone["initial"] = dict(initial.named_parameters())
+    first = parity.initial(lab, tiny.profile("stackpkg", {}))
+    alone["initial"] = dict(AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32).named_parameters())
     with torch.no_grad():
         apart = parity.compare(alone, found)
-    assert apart["weights"] < 1e-4 and all(apart[name] <= limit for name, limit in support.LIMITS.items()), apart
+    limits = support.LIMITS["fp32"]
+    assert apart["weights"] < 1e-4 and all(apart[name] <= limit for name, limit in limits.items()), apart
     assert parity.same(found, parity.read(lab, f"{layout} again", 2))
 
 
@@ -62,7 +63,8 @@ def test_a_resume_repeats_dropout_accumulation_recomputation_and_experts(lab: Pa
 
 
 def test_dropout_is_on(lab: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(lab / "initial/qwen3_moe").train()
+    first = parity.initial(lab, params.validate(job("all", "qwen3_moe", {}, attention_dropout=0.1)["params"]))
+    model = AutoModelForCausalLM.from_pretrained(first).train()
     first, second = (model(torch.arange(20)[None]).logits for _ in range(2))
     assert not torch.equal(first, second)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -34,6 +35,23 @@ from stackpkg.telemetry.guard import Guard
 from stackpkg.training import layout, mesh, support, tiny
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.trainer import StackTrainer
+
+FLOORS = {"fp32": 1e-6, "bf16": 1e-2}  # of `compare`
+
+
+def profile(model: str, sizes: dict[str, Any], precision: str, every_steps: int = tiny.STEPS) -> Params:
+    """The job of a case; in bf16 on the fp32 weights, with every layer computed twice."""
+    if precision == "fp32":
+        return tiny.profile(model, sizes, every_steps)
+    p = tiny.profile(model, sizes, every_steps, precision=precision, activation_checkpointing=1)
+    wide = p.model.config | {"moe_intermediate_size": 32}  # so that half of it is what `support.check` asks for
+    return p.model_copy(update={"model": p.model.model_copy(update={"config": wide})})
+
+
+def initial(folder: Path, p: Params) -> Path:
+    """Where the weights lie that cases of this model begin with."""
+    kind = p.model.config.get("model_type", support.REFERENCE)
+    return folder / "initial" / f"{kind}-{hashlib.sha256(p.model.model_dump_json().encode()).hexdigest()[:8]}"
 
 
 class Watched(StackTrainer):
@@ -69,15 +87,15 @@ def full(tensor: Tensor) -> Tensor:
 def case(folder: Path, p: Params, name: str, resume: str = "") -> Watched:
     """Train one case in the running process group; `resume` is the checkpoint of another case to begin from."""
     stream, spread = Stream(folder / "data", p), mesh.build(p.layout)
-    initial = folder / "initial" / p.model.config.get("model_type", "stackpkg")
-    if dist.get_rank() == 0 and not initial.exists():
-        models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(initial)
+    first = initial(folder, p)
+    if dist.get_rank() == 0 and not first.exists():
+        models.build(p.model, stream.vocab_size, stream.pad_id, p.seed).save_pretrained(first)
     dist.barrier()
     set_seed(p.seed)
     given = training_arguments(p, folder / "runs" / name, tiny.STEPS)
     arguments = TrainingArguments(**given, use_cpu=not torch.cuda.is_available())
     trainer = Watched(
-        model=layout.load_sharded(initial, p), args=arguments, p=p, mesh=spread, stream=stream, folder=folder,
+        model=layout.load_sharded(first, p), args=arguments, p=p, mesh=spread, stream=stream, folder=folder,
         name=name, attempt=1, guard=Guard.production(p), faults=[], rung=0,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -147,10 +165,10 @@ def read(folder: Path, name: str, processes: int) -> dict[str, Any]:
     return ranks[0] | whole | {"repeats": all(rank.get("repeats", False) for rank in ranks)}
 
 
-def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
+def compare(one: dict[str, Any], many: dict[str, Any], floor: float = 1e-6) -> dict[str, float]:
     """Largest relative differences: `loss` and `norm` over the steps, `gradient` over the parameters (L2 of each, first
     step), `weights` of the update that all steps together made, `average` of that of the averaged weights, `evaluation`
-    of the validation loss.
+    of the validation loss. A parameter with less than `floor` of the whole gradient is compared with that much of it.
     """
     before = torch.tensor(one["seen"], dtype=torch.double)
     off = ((torch.tensor(many["seen"], dtype=torch.double) - before) / before).abs().amax(0).tolist()
@@ -158,39 +176,37 @@ def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
         missing = sorted(one["gradients"].keys() ^ many["gradients"].keys())
         raise AssertionError(f"gradients of {missing} exist in one of the two only")
     scale = torch.stack([g.norm() for g in one["gradients"].values()]).norm()
-    worst = max(
-        float((many["gradients"][name] - g).norm() / g.norm().clamp_min(1e-6 * scale))
-        for name, g in one["gradients"].items()
-    )
-    moves = {}
+    each = [
+        (many["gradients"][name] - g).norm() / g.norm().clamp_min(floor * scale) for name, g in one["gradients"].items()
+    ]
+    moves = list[float]()
     for kind in ("weights", "averages"):
         moved = torch.cat([(w - one["initial"][name]).flatten() for name, w in one[kind].items()]).norm()
         apart = torch.cat([(many[kind][name] - w).flatten() for name, w in one[kind].items()]).norm()
-        moves[kind] = float(apart / moved)
+        moves.append(float(apart / moved))
     held = [found["evaluated"]["eval_loss"] for found in (one, many)]
     return {
-        "loss": off[0], "norm": off[1], "gradient": worst, "weights": moves["weights"], "average": moves["averages"],
-        "evaluation": abs(held[1] / held[0] - 1),
+        "loss": off[0], "norm": off[1], "gradient": float(torch.stack(each).max()), "weights": moves[0],
+        "average": moves[1], "evaluation": abs(held[1] / held[0] - 1),
     }  # fmt: skip
 
 
-def plan(wanted: Iterable[tuple[str, str]]) -> dict[int, list[dict[str, Any]]]:
+def plan(wanted: Iterable[support.Case]) -> dict[int, list[dict[str, Any]]]:
     """Cases by number of processes, each with the one-process case it is compared with, and resumed before its end."""
     groups: dict[int, dict[str, dict[str, Any]]] = {}
-    for name, model in wanted:
-        sizes = support.LAYOUTS[name]
-        p, alone = tiny.profile(model, sizes, tiny.STEPS - 1), f"one-{model}"
-        one = {"name": alone, "params": tiny.profile(model, {}).model_dump(mode="json")}
+    for name, model, precision in wanted:
+        p, alone = profile(model, support.LAYOUTS[name], precision, tiny.STEPS - 1), f"one-{model}-{precision}"
+        one = {"name": alone, "params": profile(model, {}, precision).model_dump(mode="json")}
         groups.setdefault(1, {})[alone] = one
-        label = f"{name.replace(' ', '')}-{model}"
+        label = f"{name.replace(' ', '')}-{model}-{precision}"
         many: dict[str, Any] = {"name": label, "params": p.model_dump(mode="json"), "again": tiny.STEPS - 1}
-        many |= {"alone": alone, "layout": name, "model": model}
+        many |= {"alone": alone, "about": {"layout": name, "model": model, "precision": precision}}
         groups.setdefault(p.layout.processes, {})[label] = many
     return {processes: list(cases.values()) for processes, cases in sorted(groups.items())}
 
 
-def measure(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    """A row for each (layout, model), as soon as it is known: its processes and either its differences, and whether a
+def measure(folder: Path, wanted: Iterable[support.Case]) -> Iterator[dict[str, Any]]:
+    """A row for each case, as soon as it is known: its processes and either its differences, and whether a
     resume repeats it to the last bit, or its error.
     """
     tiny.prepare(folder, tiny.profile("stackpkg", {}))
@@ -204,22 +220,28 @@ def measure(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[dict[st
 
 
 def _row(folder: Path, each: dict[str, Any], processes: int) -> dict[str, Any]:
-    about = {"layout": each["layout"], "model": each["model"], "processes": processes}
+    about = each["about"] | {"processes": processes}
     found, one = read(folder, each["name"], processes), read(folder, each["alone"], 1)
     if "error" in found:
         return about | {"error": found["error"]}
-    initial = AutoModelForCausalLM.from_pretrained(folder / "initial" / each["model"], dtype=torch.float32)
-    one["initial"] = dict(initial.named_parameters())
+    first = initial(folder, params.validate(each["params"]))
+    one["initial"] = dict(AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32).named_parameters())
     with torch.no_grad():
-        apart = {name: float(f"{value:.2e}") for name, value in compare(one, found).items()}
+        differences = compare(one, found, FLOORS[about["precision"]])
+    apart = {name: float(f"{value:.2e}") for name, value in differences.items()}
     return about | apart | {"repeats": found["repeats"]}
 
 
 def main(*only: str) -> None:
-    """Run the whole matrix, or the layouts and models that are named, and put each row into the table at once."""
+    """Run the whole matrix, or the layouts, models and precisions that are named, and put each row into the table at
+    once."""
+    known = support.LAYOUTS, tiny.MODELS, support.LIMITS
+    if unknown := {*only} - {name for names in known for name in names}:
+        there = "; ".join(", ".join(names) for names in known)
+        raise SystemExit(f"no case is of {', '.join(sorted(unknown))}; there are {there}")
+    chosen = [{*only} & {*names} or {*names} for names in known]
     every = support.cases(tiny.MODELS, tiny.DENSE)
-    layouts, chosen = ([name for name in only if name in known] or known for known in (support.LAYOUTS, tiny.MODELS))
-    wanted = [(name, model) for name, model in every if name in layouts and model in chosen]
+    wanted = [case for case in every if all(part in names for part, names in zip(case, chosen, strict=True))]
     folder = Path(tempfile.mkdtemp(prefix="parity-"))
     try:
         for done, row in enumerate(measure(folder, wanted), 1):
