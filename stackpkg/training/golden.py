@@ -27,7 +27,10 @@ from stackpkg.training import launch, reproducibility, support, tiny
 
 FOLDER = Path(__file__).parents[2] / "tests/golden_losses"
 STEPS, SERIES = 100, ("loss", "grad_norm")
-LAYOUTS = ("one process", "fsdp2", "tp2", "fsdp2 + ep2", "pp2", "fsdp2 x tp2")
+LAYOUTS = (
+    "one process", "fsdp2", "replicas2", "tp2", "fsdp2 + ep2", "tp2 + ep2", "fsdp2 x tp2", "pp2", "pp2 gpipe",
+    "pp2 x fsdp2",
+)  # fmt: skip
 NAN = {"kind": "nan_gradient", "step": 40, "rank": 0}
 KILL = {"kind": "kill", "step": 71, "rank": 1, "attempt": 1}
 # Another processor or version rounds otherwise, and a hundred steps make more of it: this is all that is asked there.
