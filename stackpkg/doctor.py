@@ -75,7 +75,7 @@ def examine() -> list[Finding]:
     versions += ", ..." * (len(differing) > 4)
     free = shutil.disk_usage(runs.root()).free / 2**30
     room = "" if free >= LEAST_GIB else f"free {LEAST_GIB - free:.1f} GiB: old runs in outbox/ are plain folders"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = runs.memory_gib()
     found = [
         Finding("Python", at, python, needed=True),
         Finding("packages", versions or "as locked", "make env" * bool(differing), needed=True),

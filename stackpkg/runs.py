@@ -196,16 +196,20 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def memory_gib() -> float:
+    """What this machine has of it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def environment() -> dict[str, Any]:
     """What this machine and this checkout are: enough to tell two runs apart, no user or host name."""
     lock = root() / "requirements.lock.txt"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     names = ("torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "papermill", "evidently")
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": round(memory_gib(), 1),
         "packages": {name: metadata.version(name) for name in names} | {"stackpkg": __version__},
         "lock_sha256": digest(lock) if lock.exists() else "",
         "git_commit": _git("rev-parse", "HEAD"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from stackpkg import runs
 from stackpkg.params import Layout, Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Case = tuple[str, str, str]  # layout, model, precision
 REFERENCE = "stackpkg"
@@ -93,11 +94,9 @@ def holds(row: dict[str, Any]) -> bool:
 
 def architecture(p: Params) -> str:
     """`model_type` of what a profile trains."""
-    if not p.model.name_or_path:
-        return REFERENCE if p.model.kind == "stack" else p.model.config["model_type"]
-    from transformers import AutoConfig
+    from stackpkg.model.modeling import configure
 
-    return AutoConfig.from_pretrained(p.model.name_or_path).model_type
+    return configure(p.model).model_type
 
 
 def _check_experts(config: PreTrainedConfig, layout: Layout) -> None:
@@ -130,7 +129,7 @@ def check(p: Params) -> None:
         stages.check(config, p.layout)
     if p.training.precision == "bf16":
         _check_experts(config, p.layout)
-    wanted, model = kinds(p.layout), architecture(p)
+    wanted, model = kinds(p.layout), config.model_type
     rows = [row for row in runs.read_json(TABLE)["rows"] if holds(row)]
     tested = [(kinds(Layout(**LAYOUTS[row["layout"]])), row) for row in rows]
     in_bf16 = [found for found, row in tested if row["precision"] == "bf16"]

@@ -20,7 +20,7 @@ from stackpkg.data import curriculum, manifest, tokenizer, words
 from stackpkg.data.provenance import passed_over
 from stackpkg.data.stream import Stream
 from stackpkg.params import Params
-from stackpkg.runs import now, read_json, write_json
+from stackpkg.runs import memory_gib, now, read_json, write_json
 from stackpkg.telemetry import receivers, rows
 from stackpkg.telemetry.guard import Guard
 from stackpkg.training import attempts, hang, layout, recovery, running, snapshots, stop
@@ -92,7 +92,7 @@ def _initial(home: Path, p: Params, stream: Stream) -> None:
     if (home / "initial").exists():
         return
     needed = models.weight(p.model, stream.vocab_size, stream.pad_id) / 2**30
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    has = memory_gib()
     if needed > has:
         raise ValueError(
             f"the weights of this model are {needed:,.1f} GiB in fp32, and rank 0, which makes them, is on a host with "
