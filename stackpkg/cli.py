@@ -42,6 +42,7 @@ def run(
 ) -> None:
     """Execute the notebooks of a profile in order; skip what has not changed; seal the run."""
     from stackpkg.training.sigterm import Heed
+    from stackpkg.training.stop import AGAIN
 
     p, heed = _profile(profile), Heed()
     try:
@@ -51,9 +52,9 @@ def run(
         with heed:
             sealed = pipeline.run(p, sys.stdout, first=first, only=only, last=last, force=force, dry_run=dry_run)
     except KeyboardInterrupt:
-        stop("interrupted; run the same command again to go on where it stopped", 143 if heed.got else 1)
+        stop("interrupted; run the same command again to go on where it stopped", AGAIN if heed.got else 1)
     except (OSError, RuntimeError, ValueError) as error:  # a stage that failed says where, why and what next
-        stop(error, 143 if heed.got else 1)
+        stop(error, AGAIN if heed.got else 1)
     if sealed:
         typer.echo(f"sealed outbox/{p.run}, manifest {sealed['manifest_sha256'][:16]}")
         typer.secho(sealed["notice"], fg="yellow", bold=True)
@@ -69,6 +70,7 @@ def launch(
     """Train: here, or on the cluster that the profile names. The same call goes on with a job that was interrupted."""
     from stackpkg.training import clusters
     from stackpkg.training import launch as launcher
+    from stackpkg.training.stop import AGAIN, TERMINATED, Stopped
 
     p = _profile(profile)
     command = ["python", *launcher.command(f"outbox/{p.run}/checkpoints/{job}/job.json", p)[1:]]
@@ -78,6 +80,8 @@ def launch(
             typer.echo(clusters.render(p, job, command) if away else " ".join(command), nl=not away)
             return
         done = launcher.launch(job, p, RunFolder(p.run))
+    except Stopped as stopped:
+        stop(stopped, AGAIN if stopped.reason == TERMINATED else 1)
     except (OSError, RuntimeError, ValueError) as error:  # what is missing, what failed, or what to run by hand
         stop(error)
     typer.echo("  ".join(f"{name} {value}" for name, value in done.items()))

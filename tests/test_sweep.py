@@ -80,7 +80,7 @@ class Jobs:
             write_json(folder / f"eval/{name}/epoch_{epoch:03d}.json", report | made)
             time.sleep(self.pause)
             if (home / "stop").exists() and epoch < 4:
-                raise Stopped(f"{name} stopped after step {2 * epoch}: {(home / 'stop').read_text()}")
+                raise Stopped(name, 2 * epoch, (home / "stop").read_text())
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_an_interrupt_leaves_a_sweep_that_goes_on_in_the_same_process(folder: Ru
 def test_a_trial_that_ends_with_all_that_runs_here_is_asked_again(folder: RunFolder, jobs: Jobs) -> None:
     """SIGTERM: the trial has its checkpoint, and is no result."""
     name = "sweep-search-001"
-    jobs.reports[name] = Stopped(f"{name} stopped after step 3: SIGTERM")
+    jobs.reports[name] = Stopped(name, 3, "SIGTERM")
     write_json(folder / f"checkpoints/{name}/attempts.json", [{"stopped": {"step": 3, "reason": "SIGTERM"}}])
     with pytest.raises(Stopped):
         sweep.run(P, folder)

@@ -171,7 +171,7 @@ def launch(
         if (home / DIAGNOSIS).exists():
             raise RuntimeError(f"{name}: {read_json(home / DIAGNOSIS)['message']}")
         if end := stopped(home):
-            raise Stopped(f"{name} stopped after step {end['step']}: {end['reason']}; launch it again to go on")
+            raise Stopped(name, **end)
         log = home / "log.txt"
         left = f"its log is checkpoints/{name}/log.txt" if log.exists() else "it left no log: it never began"
         raise RuntimeError(f"{name}: the job ended without a report; {left}")

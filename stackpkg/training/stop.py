@@ -17,11 +17,15 @@ from stackpkg.telemetry.privacy import clean
 
 FILE, SAVE, KILL = "stop", "save", "kill"
 PREEMPTED, TERMINATED = "preempted", "SIGTERM"  # reasons
-AGAIN = 143  # exit code of a job that was stopped by a preemption: it wants to go on
+AGAIN = 143  # exit code of what a preemption or SIGTERM ended, and that wants to go on (128 + SIGTERM, as in shells)
 
 
 class Stopped(RuntimeError):
-    """The job ended early because it was asked to; it is whole on disk."""
+    """The job ended early because it was asked to, for a `reason`; it is whole on disk."""
+
+    def __init__(self, job: str, step: int, reason: str) -> None:
+        super().__init__(f"{job} stopped after step {step}: {reason}; launch it again to go on")
+        self.reason = reason
 
 
 def request(home: Path, reason: str) -> Path:
