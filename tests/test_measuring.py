@@ -18,10 +18,10 @@ from stackpkg import params
 from stackpkg.data.stream import Stream
 from stackpkg.model.patterns import layout
 from stackpkg.params import Params
-from stackpkg.runs import RunFolder
+from stackpkg.runs import RunFolder, read_json
 from stackpkg.telemetry import flops, probes, rows, store
 from stackpkg.telemetry.guard import Guard, load
-from stackpkg.training import measuring, mesh, tiny
+from stackpkg.training import measuring, mesh, snapshots, tiny
 from stackpkg.training.optim import training_arguments
 from stackpkg.training.trainer import StackTrainer
 
@@ -109,6 +109,17 @@ def test_weights_are_the_same_to_the_last_bit_with_all_probes_and_with_none(
     for name in ("loss", "grad_norm", "weight_norm", "validation_loss"):
         pd.testing.assert_series_equal(one[name], other[name], check_exact=True)
     assert not {"router_entropy", "attention_entropy_median", "update_ratio", "batch_precision_at_1"} & {*one}
+
+
+def test_a_resumed_job_saves_as_often_as_its_profile_says_by_now(job: Callable[..., StackTrainer]) -> None:
+    p = telling(NEVER, 1.0)
+    first = job("oftener", p, steps=4)
+    assert [*snapshots.listed(first.saver.home)] == [4]
+    p = p.model_copy(update={"snapshots": p.snapshots.model_copy(update={"every_steps": 2})})
+    second = job("oftener", p, resume="checkpoint-4", steps=7)
+    assert [*snapshots.listed(second.saver.home)] == [4, 6]
+    # what every step leaves in the state of Trainer would be written with each of them
+    assert len(read_json(second.saver.home / "checkpoint-6/trainer_state.json")["log_history"]) == 1
 
 
 def test_every_series_is_there_and_lists_survive_to_parquet(talkative: StackTrainer) -> None:

@@ -51,9 +51,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def command(place: Path, does: str = "run", *options: str) -> subprocess.Popen[str]:
+def command(place: Path) -> subprocess.Popen[str]:
     code = "from stackpkg.cli import app; app()"
-    arguments = [sys.executable, "-c", code, does, str(place / "params/demo.yaml"), *options]
+    arguments = [sys.executable, "-c", code, "run", str(place / "params/demo.yaml"), "--to", "10"]
     environment = os.environ | {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(arguments, cwd=place, env=environment, text=True, **streams)
@@ -68,7 +68,7 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 def test_a_run_that_gets_sigterm_ends_with_an_agreed_checkpoint_and_the_same_command_goes_on(place: Path) -> None:
     home = place / "outbox/demo/checkpoints/train"
-    process = command(place, "run", "--to", "10")
+    process = command(place)
     wait_for((home / "attempts.json").exists, process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
@@ -81,22 +81,11 @@ def test_a_run_that_gets_sigterm_ends_with_an_agreed_checkpoint_and_the_same_com
     assert f"Stopped: train stopped after step {at}: SIGTERM" in said
     assert "nothing has to be mended" in said and "then the same command goes on at this stage" in said
 
-    process = command(place, "run", "--to", "10")
+    process = command(place)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     told = read_json(home / "attempts.json")
     assert told[1]["resumed_from"] == f"checkpoint-{at}" and read_json(home / "done.json")["steps"] == 8
-
-
-def test_a_launch_that_gets_sigterm_tells_the_shell_that_it_wants_to_go_on(place: Path) -> None:
-    home = place / "outbox/demo/checkpoints/alone"
-    process = command(place, "launch", "--job", "alone")
-    wait_for((home / "attempts.json").exists, process)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, said
-    at = read_json(home / "attempts.json")[0]["stopped"]["step"]
-    assert f"alone stopped after step {at}: SIGTERM; launch it again to go on" in said and at < 8
 
 
 # --- which jobs, and when it is over

@@ -159,8 +159,9 @@ def test_one_that_lacked_only_its_name_gets_it(tmp_path: Path) -> None:
 
 def test_ranks_vouch_for_what_they_wrote_and_share_the_reading(tmp_path: Path) -> None:
     folder = begun(tmp_path, 3)
-    snapshots.vouch(folder, 1, [folder / "dcp/__0_0.distcp"])
-    found = snapshots.publish(folder, 3)
+    snapshots.vouch(folder, 0, [folder / "dcp/__0_0.distcp"])
+    snapshots.vouch(folder, 1, [])
+    found = snapshots.publish(folder, 3, 2, ["dcp/__0_0.distcp"])
     marked = read_json(found / snapshots.MARKER)["files"]
     assert marked == {name: digest(found / name) for name in ("dcp/__0_0.distcp", "state.pt")}
     assert snapshots.files_below(found) and not list(found.glob(".*")) and snapshots.problems(found) == []
@@ -168,6 +169,64 @@ def test_ranks_vouch_for_what_they_wrote_and_share_the_reading(tmp_path: Path) -
     lose(found)
     parts = [snapshots.problems(found, part, 3) for part in range(3)]
     assert sorted(line for part in parts for line in part) == sorted(snapshots.problems(found)) and len(parts[0]) == 1
+
+
+def test_a_snapshot_that_lacks_what_a_rank_wrote_is_none(tmp_path: Path) -> None:
+    """As where each node has an outbox of its own, or rank 0 is shown the folder as it was."""
+    folder = begun(tmp_path, 3)
+    snapshots.vouch(folder, 0, [folder / "dcp/__0_0.distcp"])
+    with pytest.raises(ValueError, match="the files of rank 1 are not in checkpoint-3: give all nodes one outbox/"):
+        snapshots.publish(folder, 3, 2)
+    for rank in (0, 1):
+        snapshots.vouch(folder, rank, [folder / "dcp/__0_0.distcp"])
+    with pytest.raises(ValueError, match=r"no rank vouched for dcp/__1_0\.distcp of checkpoint-3"):
+        snapshots.publish(folder, 3, 2, ["dcp/__0_0.distcp", "dcp/__1_0.distcp"])
+    assert not (folder / snapshots.MARKER).exists() and not snapshots.listed(tmp_path)
+
+
+def test_a_rank_touches_only_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank's files may be renamed under it, and a thousand ranks would flush a million files."""
+    folder, flushed = begun(tmp_path, 3), list[str]()
+    monkeypatch.setattr(snapshots, "flush", lambda path: flushed.append(path.name))
+    snapshots.vouch(folder, 0, [folder / "dcp/__0_0.distcp"])
+    assert flushed == ["__0_0.distcp"]
+    snapshots.publish(folder, 3, 1)
+    assert flushed.count("__0_0.distcp") == 1 and flushed.count("state.pt") == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_is_set_aside_for_one_that_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
+    read = snapshots.digest
+
+    def failing(path: Path) -> str:
+        if path == new / "state.pt":
+            raise OSError(116, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(snapshots, "digest", failing)
+    assert snapshots.latest(tmp_path) == (old, ["checkpoint-6/state.pt: can't be read, Stale file handle"])
+
+
+def test_what_pruning_left_half_deleted_does_not_come_back(tmp_path: Path) -> None:
+    (tmp_path / snapshots.PARTIAL).mkdir()
+    old, gone = checkpoint(tmp_path, 6), checkpoint(tmp_path, 3)
+    gone.rename(tmp_path / snapshots.PARTIAL / "checkpoint-3.deleted")  # and the job was killed
+    assert snapshots.latest(tmp_path) == (old, []) and {*tmp_path.iterdir()} == {old}
+
+
+def test_a_roll_back_sets_the_weights_at_the_end_aside(tmp_path: Path) -> None:
+    """`from_pretrained` would prefer an old model.safetensors to the parts that pipeline stages write beside it."""
+    old = checkpoint(tmp_path, 3)
+    checkpoint(tmp_path, 6)
+    (tmp_path / "done.json").write_text("{}")
+    for name in snapshots.ENDS:
+        (tmp_path / name).mkdir()
+    good, aside = snapshots.roll_back(tmp_path, 3)
+    assert (good, aside) == (old, ["checkpoint-6", "done.json", "final", "final_ema"])
+    assert not any((tmp_path / name).exists() for name in aside)
+    assert len([*tmp_path.glob("*.aside-*")]) == 4
 
 
 def test_what_a_broken_off_save_left_is_removed_and_told(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import TrainerControl, TrainerState
 from stackpkg import runs
 from stackpkg.params import Snapshots, validate
 from stackpkg.runs import RunFolder, read_json, write_json
+from stackpkg.telemetry import rows as written
 from stackpkg.telemetry.guard import Guard
 from stackpkg.training import launch, stop
 from stackpkg.training.saving import Cadence, Saver
@@ -69,10 +70,13 @@ def test_a_stopped_job_ends_on_all_ranks_with_a_checkpoint_and_goes_on_to_the_sa
     table = pd.read_parquet(lab.path / "telemetry/halted.parquet")
     assert table.groupby("rank").step.max().tolist() == [at, at], "the ranks did not agree on the step"
 
+    runs.write_text(home / "final/model-00001-of-00002.safetensors", "of stages, before a roll-back by hand")
     done = run(lab, halted=Job(profile(2), steps=STEPS), free=Job(profile(2), steps=STEPS))
     assert done["halted"]["steps"] == STEPS and done["halted"]["attempts"] == 2
     assert done["halted"]["weights_sha256"] == done["free"]["weights_sha256"]
     pd.testing.assert_frame_equal(compared(history(lab, "halted")), compared(history(lab, "free")), check_exact=True)
+    ends = [lab.path / f"checkpoints/{name}/final" for name in ("halted", "free")]
+    assert [{path.name for path in end.iterdir()} for end in ends] == [{path.name for path in ends[1].iterdir()}] * 2
     average = weights(lab, "halted", "final_ema"), weights(lab, "free", "final_ema")
     assert all(torch.equal(average[0][name], tensor) for name, tensor in average[1].items())
 
@@ -96,13 +100,14 @@ def test_a_launch_that_gets_sigterm_ends_whole_and_the_next_goes_on(lab: RunFold
     asked = time.monotonic()
     said, _ = launched.communicate(timeout=120)
     assert time.monotonic() - asked < 30, "longer than a step and a checkpoint take"
-    assert launched.returncode == 1 and "SIGTERM; launch it again to go on" in said, said
+    assert launched.returncode == stop.AGAIN and "SIGTERM; launch it again to go on" in said, said
     (attempt,) = read_json(home / "attempts.json")
     at = attempt["stopped"]["step"]
     assert attempt["stopped"]["reason"] == "SIGTERM" and 2 <= at < 6 and not (home / stop.FILE).exists()
     assert read_json(home / f"checkpoint-{at}/complete.json")["step"] == at
     assert {path.name[:4] for path in home.glob(f"checkpoint-{at}/dcp/*.distcp")} == {"__0_", "__1_"}
-    table = pd.read_parquet(lab.path / "telemetry/term.parquet")
+    assert not (lab.path / "telemetry/term.parquet").exists(), "within a deadline"
+    table = written.read(rows.parent)
     assert table.groupby("rank").step.max().tolist() == [at, at], "the ranks did not agree on the step"
     again = command(lab, "term")
     said, _ = again.communicate(timeout=240)

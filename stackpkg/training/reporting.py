@@ -14,11 +14,13 @@ class Reporting(Resumable):
     """`Trainer` that tells its callbacks the numbers of each row, once, in place of its own few."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """What `Trainer` says of a step (it has a rate) is remembered alone: the row tells it, and more."""
+        """What `Trainer` says of a step (it has a rate) is remembered alone: the row tells it, and more. The last of it
+        is enough: all of it would be written with every checkpoint, 15 MB after 100,000 steps."""
         if "learning_rate" in logs:
             self.state.log_history.append({**logs, "step": self.state.global_step})
         else:
             super().log(logs, start_time)
+        del self.state.log_history[:-1]
 
     def tell(self, rows: list[dict[str, Any]]) -> None:
         """The numbers of the rows of a block as `train/<series>`, each at its step, where a receiver is named."""

@@ -93,6 +93,8 @@ class Resumable(Trainer):
         checkpoint.load(Path(folder), self.network, self.optimizer.optimizer, self.ema)
         checkpoint.read(Path(folder), self)
         self.guard.forget("TrainRolledBack")
+        # the cadence is the profile's; Trainer takes that of the checkpoint (transformers 5.23)
+        self.state.compute_steps(self.args, self.args.max_steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights come with the moments, in `_load_optimizer_and_scheduler`: one read of one checkpoint."""

@@ -46,20 +46,19 @@ class Writer(dcp.FileSystemWriter):
         self.partial, self.about, self.keep, self.killed = partial, about, keep, killed
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        written = super().write_data(plan, planner)
+        written, rank = super().write_data(plan, planner), dist.get_rank()
         mine = {self.partial / "dcp" / result.storage_data.relative_path for result in written.value()}
-        snapshots.vouch(self.partial, dist.get_rank(), sorted(mine))
+        drawn = self.partial / (f"rng_state_{rank}.pth" if dist.get_world_size() > 1 else "rng_state.pth")  # of Trainer
+        snapshots.vouch(self.partial, rank, sorted(mine | ({drawn} if drawn.exists() else set())))
         if self.killed:
             os.kill(os.getpid(), signal.SIGKILL)
-        for path in self.partial.iterdir():  # this machine's small files; nobody else may flush them
-            if path.is_file():
-                snapshots.flush(path)
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         write_json(self.partial / snapshots.MANIFEST, self.about)
-        home = snapshots.publish(self.partial, self.about["step"]).parent
+        shards = {f"dcp/{shard.relative_path}" for shard in (metadata.storage_data or {}).values()}
+        home = snapshots.publish(self.partial, self.about["step"], dist.get_world_size(), shards).parent
         try:
             snapshots.prune(home, self.keep)
         except (OSError, ValueError) as error:  # this snapshot is saved all the same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ MARKER, MANIFEST = "complete.json", "manifest.json"
 PARTIAL = ".saving"  # what is being written lies in here, and counts for nothing
 VOUCHED = ".digests-"  # and the rank: of the files that it wrote
 PROMOTED = "promoted.json"  # step -> versions of the snapshots that were promoted: these stay
+ENDS = ("final", "final_ema")  # the weights at the end of a job, and their average
 TOLD = 8  # problems that an error names
 
 
@@ -32,16 +33,23 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def complete(checkpoint: Path, step: int) -> None:
+def complete(checkpoint: Path, step: int, ranks: int = 0, promised: Iterable[str] = ()) -> None:
     """Write the marker, last of all files, when all of them are on disk: from here on the checkpoint counts. What the
-    ranks hashed themselves (`vouch`) is not read again."""
+    `ranks` hashed themselves (`vouch`) is not read again, and asked for by name: a folder on another machine may be
+    listed as it was a moment ago. Raises `ValueError` where a rank did not vouch, or for none of the files `promised`.
+    """
     files: dict[str, str] = {}
-    for told in sorted(checkpoint.glob(f"{VOUCHED}*")):
+    for rank in range(ranks):
+        told = checkpoint / f"{VOUCHED}{rank}.json"
+        if not told.exists():
+            raise ValueError(f"the files of rank {rank} are not in {checkpoint.name}: give all nodes one outbox/")
         files |= read_json(told)
         told.unlink()
+    if lacking := sorted({*promised} - files.keys()):
+        raise ValueError(f"no rank vouched for {', '.join(lacking[:TOLD])} of {checkpoint.name}")
     for path in files_below(checkpoint):
-        flush(path)
         if (name := path.relative_to(checkpoint).as_posix()) not in files:
+            flush(path)
             files[name] = digest(path)
     files = dict(sorted(files.items()))
     write_json(checkpoint / MARKER, {"step": step, "at": now(), "files": files})
@@ -49,15 +57,17 @@ def complete(checkpoint: Path, step: int) -> None:
         flush(folder)
 
 
-def vouch(checkpoint: Path, rank: int, paths: Iterable[Path]) -> None:
-    """Leave the digests of the files that this rank wrote, for `complete`."""
+def vouch(checkpoint: Path, rank: int, paths: Collection[Path]) -> None:
+    """Flush the files that this rank wrote, which nobody else may, and leave their digests for `complete`."""
+    for path in paths:
+        flush(path)
     told = {path.relative_to(checkpoint).as_posix(): digest(path) for path in paths}
     write_json(checkpoint / f"{VOUCHED}{rank}.json", told)
 
 
-def publish(partial: Path, step: int) -> Path:
-    """Complete `HOME/.saving/checkpoint-N` and move it to `HOME/checkpoint-N` in one act. Returns where it is then."""
-    complete(partial, step)
+def publish(partial: Path, step: int, ranks: int = 0, promised: Iterable[str] = ()) -> Path:
+    """`complete` HOME/.saving/checkpoint-N and move it to HOME/checkpoint-N in one act. Returns where it is then."""
+    complete(partial, step, ranks, promised)
     home = partial.parents[1]
     target = home / partial.name
     if target.exists():
@@ -100,10 +110,13 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     found = []
     for name, sha in [*files.items()][part::parts]:
         path = checkpoint / name
-        if not path.exists():
+        try:
+            if digest(path) != sha:
+                found.append(f"{checkpoint.name}/{name}: changed since it was saved")
+        except FileNotFoundError:
             found.append(f"{checkpoint.name}/{name}: missing")
-        elif digest(path) != sha:
-            found.append(f"{checkpoint.name}/{name}: changed since it was saved")
+        except OSError as error:  # of the disk, or of a file system on another machine
+            found.append(f"{checkpoint.name}/{name}: can't be read, {error.strerror}")
     return found
 
 
@@ -128,9 +141,11 @@ def latest(home: Path, check: Callable[[Path], list[str]] = problems) -> tuple[P
     """
     complaints, wrong, damaged = list[str](), list[str](), list[Path]()
     for partial in sorted((home / PARTIAL).glob("checkpoint-*")):
+        if partial.name.endswith(".deleted"):
+            continue  # all of it goes below, whatever of it is left
         if (partial / MARKER).exists() and not (home / partial.name).exists():
             partial.rename(home / partial.name)
-        elif not partial.name.endswith(".deleted"):
+        else:
             complaints.append(f"{partial.name}: saving was broken off; removed")
     shutil.rmtree(home / PARTIAL, ignore_errors=True)
     for checkpoint in reversed(listed(home).values()):
@@ -152,14 +167,12 @@ def latest(home: Path, check: Callable[[Path], list[str]] = problems) -> tuple[P
 
 
 def roll_back(home: Path, step: int) -> tuple[Path | None, list[str]]:
-    """Set aside the checkpoints after `step` and the report of the end, so that the job, which must not be running,
-    goes on from an earlier one; that one, and the names of what was set aside."""
+    """Set aside the checkpoints after `step`, the report of the end and the weights at it, so that the job, which must
+    not be running, goes on from an earlier one; that one, and the names of what was set aside."""
     aside = [path for at, path in listed(home).items() if at > step]
+    aside += [path for path in (home / name for name in ("done.json", *ENDS)) if path.exists()]
     for path in aside:
         _set_aside(path, "aside")
-    if (done := home / "done.json").exists():
-        aside.append(done)
-        _set_aside(done, "aside")
     left = [*listed(home).values()]
     return (left[-1] if left else None), [path.name for path in aside]
 
@@ -179,7 +192,7 @@ def touched(home: Path, step: int) -> list[str]:
     """What holds the learning of optimiser step `step` (from 0): checkpoints, promoted versions, weights at the end."""
     found = [path.name for at, path in listed(home).items() if at > step]
     found += [f"version {version}" for at, given in promoted(home).items() if at > step for version in given]
-    return found + [name for name in ("final", "final_ema") if (home / name).exists()]
+    return found + [name for name in ENDS if (home / name).exists()]
 
 
 def reach(home: Path, step: int) -> dict[str, Any]:

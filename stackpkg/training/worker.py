@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,10 +163,17 @@ def _attempt(
     if trainer.cadence.stopped:
         dist.barrier()
         if rank == 0:
-            rows.compact(folder / "telemetry" / job["name"])
-            print(f"[{job['name']}] stopped: {stop.record(home, trainer.state.global_step)}", flush=True)
+            reason = stop.record(home, trainer.state.global_step)
+            print(f"[{job['name']}] stopped: {reason}", flush=True)
+            if reason not in (stop.PREEMPTED, stop.TERMINATED):  # these have a deadline, and the job goes on
+                rows.compact(folder / "telemetry" / job["name"])
+        meet()
         return 0
 
+    if rank == 0:
+        for name in snapshots.ENDS:  # of an attempt in another layout, or one that was broken off
+            shutil.rmtree(home / name, ignore_errors=True)
+    dist.barrier()
     trainer.save_model(str(home / "final"))
     meet()
     with trainer.ema.swapped():
@@ -186,6 +194,7 @@ def _attempt(
         rows.compact(folder / "telemetry" / job["name"])
         write_json(home / "done.json", summary | {"at": now()})
         print(f"[{job['name']}] done: {trainer.state.global_step} steps", flush=True)
+    meet()
     return 0
 
 
