@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,6 +232,33 @@ def patient(slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(clusters, "time", hurried)  # a minute of `layout.timeout_minutes` lasts half a second
         launch.launch("job", p, folder)
     return p
+
+
+def test_a_job_that_two_launch_at_once_is_submitted_once_and_followed_by_both(
+    slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "WORKER", "patient")
+    script(slurm / "bin/sbatch", "sleep 1\n" + textwrap.dedent(FAKES["sbatch"]))
+    p, home, ended = profile(SLURM, nodes=1, processes=1, fsdp=1), folder.path / "checkpoints/job", list[str]()
+
+    def follow() -> None:
+        try:
+            launch.launch("job", p, folder)
+        except (RuntimeError, ValueError) as error:
+            ended.append(str(error))
+
+    launched = [threading.Thread(target=follow) for _ in range(2)]
+    for one in launched:
+        one.start()
+    while not (home / "attempts.json").exists():
+        time.sleep(0.05)
+    time.sleep(2.0)  # the other follows it by now
+    assert not ended
+    stop.request(home, "a person")
+    for one in launched:
+        one.join(60)
+    assert ended == ["job stopped after step 3: a person; launch it again to go on"] * 2
+    assert len((slurm / "sbatch.log").read_text().splitlines()) == 1
 
 
 def preempt(slurm: Path) -> None:

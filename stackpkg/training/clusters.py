@@ -36,6 +36,7 @@ QUIET = KEPT | {
 }  # fmt: skip
 EARLY = 60  # seconds that Slurm may tell of the end of a job's time too early (sbatch, --signal)
 POLL = 5.0  # seconds between two looks at a job
+SUBMITTED = "submitted.json"  # the cluster's id of a job, in its folder
 
 
 def name_of(p: Params, name: str) -> str:
@@ -193,19 +194,25 @@ def alive(p: Params, job: str) -> bool:
     return bool(found) and not ended
 
 
-def follow(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
-    """Submit the job, unless the cluster has it still, and wait until its report is there, or the cluster has it no
-    more. Lines of its log that the job means to be read are printed.
-
-    Raises `TimeoutError` past `layout.timeout_minutes`; the cluster then goes on, and another call follows it again.
-    """
-    called, known = name_of(p, name), home / "submitted.json"
+def place(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
+    """Submit the job, unless the cluster has it still. Raises `ValueError` where it has one of this name that was not
+    submitted from here."""
+    called, known = name_of(p, name), home / SUBMITTED
     if not alive(p, called):
         job = submit(p, name, home, command)
         write_json(known, {"scheduler": p.cluster.scheduler, "id": job})
         print(f"[{name}] submitted to {p.cluster.scheduler} as {job}", flush=True)
     elif not known.exists():
         raise ValueError(f"the cluster still has another job called {called}: wait for it, or cancel it")
+
+
+def follow(p: Params, name: str, home: Path) -> None:
+    """Wait until the report of a job is there, or the cluster has it no more. Lines of its log that the job means to be
+    read are printed.
+
+    Raises `TimeoutError` past `layout.timeout_minutes`; the cluster then goes on, and another call follows it again.
+    """
+    called = name_of(p, name)
     deadline, log, shown = time.monotonic() + 60 * p.layout.timeout_minutes, home / "log.txt", 0
     while True:
         over = (home / "done.json").exists() or not alive(p, called)
@@ -218,6 +225,6 @@ def follow(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
         if over:
             return
         if time.monotonic() > deadline:
-            job = read_json(known)["id"]
+            job = read_json(home / SUBMITTED)["id"]
             raise TimeoutError(f"{name} is still on the cluster, as {job}; the same launch follows it again")
         time.sleep(POLL)
