@@ -28,6 +28,7 @@ from stackpkg.training import clusters, launch, stop, support
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN, PAGE = Path(__file__).parent / "golden_launch", (REPOSITORY / "book/launching.md").read_text()
+DIGEST = "b4c5a4a0"  # sha256 of lab_1/train
 SLURM = {"scheduler": "slurm", "gpus_per_node": 8, "partition": "train", "account": "lab"}
 KUBERNETES = {"scheduler": "kubernetes", "gpus_per_node": 8, "image": "registry.example/stackpkg:1", "claim": "lab"}
 # Slurm on one machine: a batch script is a process, and every node of its job is this one.
@@ -35,13 +36,19 @@ FAKES = {
     "sbatch": """
         script=${@: -1}; nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
         echo "$@" >> "$SLURM/sbatch.log"
+        sed -n 's/^#SBATCH --job-name=//p' "$script" > "$SLURM/name"
         export SLURM_JOB_ID=71 SLURM_JOB_NODELIST=here SLURM_SUBMIT_DIR=$PWD SLURM_NNODES=$nodes
         log=$(sed -n 's/^#SBATCH --output=//p' "$script")
         setsid bash "$script" >> "$log" 2>&1 < /dev/null &
         echo $! > "$SLURM/pid"
         echo "71;cluster"
     """,
-    "squeue": """kill -0 "$(cat "$SLURM/pid" 2>/dev/null)" 2>/dev/null && echo RUNNING; true""",
+    # without --me also what another person's job of any name is told of
+    "squeue": """
+        case " $* " in *" --me "*) ;; *) [ -e "$SLURM/colleague" ] && echo RUNNING ;; esac
+        case " $* " in *" --name=$(cat "$SLURM/name" 2>/dev/null) "*) ;; *) exit 0 ;; esac
+        kill -0 "$(cat "$SLURM/pid" 2>/dev/null)" 2>/dev/null && echo RUNNING; true
+    """,
     "scontrol": """case $1 in show) echo localhost ;; *) echo "$@" >> "$SLURM/scontrol.log" ;; esac""",
     "srun": """
         shift
@@ -175,17 +182,34 @@ def test_the_script_is_bash_and_the_manifest_is_complete() -> None:
     script = clusters.render(profile(SLURM), "train", command)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     service, job = yaml.safe_load_all(clusters.render(profile(KUBERNETES), "train", command))
-    assert service["metadata"]["name"] == job["metadata"]["name"] == "stackpkg-lab-1-train"
+    assert service["metadata"]["name"] == job["metadata"]["name"] == (called := f"stackpkg-lab-1-train-{DIGEST}")
     spec = job["spec"]["template"]["spec"]
     assert spec["subdomain"] == service["metadata"]["name"]  # what gives the first pod the name in the command
     bash = spec["containers"][0]["command"]
-    assert "--rdzv-endpoint=stackpkg-lab-1-train-0.stackpkg-lab-1-train:29500" in bash[2]
+    assert f"--rdzv-endpoint={called}-0.{called}:29500" in bash[2]
     subprocess.run(["bash", "-n"], input=bash[2], text=True, check=True)
     assert {m["name"] for m in spec["containers"][0]["volumeMounts"]} == {v["name"] for v in spec["volumes"]}
     with pytest.raises(ValueError, match=r"cluster\.image"):
         clusters.render(profile({"scheduler": "kubernetes"}), "train", command)
     with pytest.raises(ValueError, match="slurm or kubernetes"):
         clusters.render(profile({}), "train", command)
+
+
+def test_each_job_has_a_name_of_its_own_that_a_cluster_takes() -> None:
+    runs_and_jobs = [("lab_1", "train"), ("lab-1", "train"), ("lab.1", "train"), ("lab", "1-train"), ("lab-1", "Train")]
+    runs_and_jobs += [("a" * 60, "train"), ("a" * 60, "finetune"), ("a", "b" * 60), ("lab_1", "_")]
+    names = {clusters.name_of(params.validate({"run": run}), job) for run, job in runs_and_jobs}
+    assert len(names) == len(runs_and_jobs)
+    for name in names:
+        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= 52, "pods add an index and a suffix"
+
+
+def test_a_job_of_the_same_name_of_another_person_is_not_taken_for_ours(
+    slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm / "colleague").touch()
+    monkeypatch.setattr(launch, "WORKER", "meeting")
+    assert launch.launch("job", profile(SLURM, nodes=1, processes=1, fsdp=1), folder) == {"sum": 1, "groups": ["-"]}
 
 
 @pytest.mark.parametrize(("minutes", "told"), [(1.6, "2"), (2.0, "2"), (90.5, "91")])
@@ -437,7 +461,7 @@ def test_a_job_of_kubernetes_is_replaced_followed_and_told_of(
     asked = [line.split()[0] for line in (kubectl / "kubectl.log").read_text().splitlines()]
     assert asked[:4] == ["get", "get", "delete", "apply"] and {*asked[4:]} <= {"get"}
     assert list(yaml.safe_load_all((home / "launch.yaml").read_text()))[1]["kind"] == "Job"
-    assert "submitted to kubernetes as stackpkg-lab-1-job\n[job] met\n" in capsys.readouterr().out
+    assert f"submitted to kubernetes as {clusters.name_of(p, 'job')}\n[job] met\n" in capsys.readouterr().out
 
 
 def test_a_job_of_kubernetes_that_fails_leaves_the_log_that_its_error_names(
@@ -463,7 +487,7 @@ def test_a_job_that_the_cluster_has_is_not_touched_by_another_profile(
     p, home = patient(slurm, folder, monkeypatch), folder.path / "checkpoints/job"
     before = (home / "job.json").read_bytes()
     for other in ({"seed": 3}, {"layout": p.layout.model_dump() | {"restarts": 5}}):
-        with pytest.raises(ValueError, match="still has stackpkg-lab-1-job, from another profile"):
+        with pytest.raises(ValueError, match=r"still has stackpkg-lab-1-job-\w{8}, from another profile"):
             launch.launch("job", params.validate(p.model_dump(mode="json") | other), folder)
     assert (home / "job.json").read_bytes() == before and not list(runs.root().glob("outbox/.previous/*/job"))
     stop.request(home, "the test is over")

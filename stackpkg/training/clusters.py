@@ -7,6 +7,7 @@ share.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -40,8 +41,10 @@ SUBMITTED = "submitted.json"  # the cluster's id of a job, in its folder
 
 
 def name_of(p: Params, name: str) -> str:
-    """What the cluster calls the job: letters, digits and hyphens (RFC 1123)."""
-    return re.sub(r"[^a-z0-9]+", "-", f"stackpkg-{p.run}-{name}".lower())[:52].strip("-")
+    """What the cluster calls the job: letters, digits and hyphens (RFC 1123), and the beginning of a digest, which
+    tells `lab_1` from `lab-1`, and jobs whose names are cut from each other."""
+    said = re.sub(r"[^a-z0-9]+", "-", f"stackpkg-{p.run}-{name}".lower())[:43].strip("-")
+    return f"{said}-{hashlib.sha256(f'{p.run}/{name}'.encode()).hexdigest()[:8]}"
 
 
 def check(p: Params) -> None:
@@ -185,9 +188,10 @@ def submit(p: Params, name: str, home: Path, command: Sequence[str]) -> str:
 
 
 def alive(p: Params, job: str) -> bool:
-    """Whether the cluster still has the job, waiting or running."""
+    """Whether the cluster still has the job, waiting or running. On Slurm those of other people don't count: their
+    names may be the same."""
     if p.cluster.scheduler == "slurm":
-        return bool(_ask("squeue", "--noheader", "--format=%T", f"--name={job}"))
+        return bool(_ask("squeue", "--noheader", "--me", "--format=%T", f"--name={job}"))
     found = _ask("kubectl", "get", "job", job, "--ignore-not-found", "--output=json")
     conditions = json.loads(found)["status"].get("conditions", []) if found else []
     ended = any(one["type"] in ("Complete", "Failed") and one["status"] == "True" for one in conditions)
