@@ -45,6 +45,9 @@ FAKES = {
     """,
     # without --me also what another person's job of any name is told of
     "squeue": """
+        if [ -e "$SLURM/hiccup" ]; then
+            echo failed >> "$SLURM/failed"; echo "Unable to contact slurm controller" >&2; exit 1
+        fi
         case " $* " in *" --me "*) ;; *) [ -e "$SLURM/colleague" ] && echo RUNNING ;; esac
         case " $* " in *" --name=$(cat "$SLURM/name" 2>/dev/null) "*) ;; *) exit 0 ;; esac
         kill -0 "$(cat "$SLURM/pid" 2>/dev/null)" 2>/dev/null && echo RUNNING; true
@@ -283,6 +286,62 @@ def test_a_job_that_two_launch_at_once_is_submitted_once_and_followed_by_both(
         one.join(60)
     assert ended == ["job stopped after step 3: a person; launch it again to go on"] * 2
     assert len((slurm / "sbatch.log").read_text().splitlines()) == 1
+
+
+def hiccup(slurm: Path, home: Path, over: Callable[[], bool]) -> threading.Thread:
+    """Once a job runs, Slurm's controller does not answer until it is `over`; then the job is stopped."""
+
+    def fail() -> None:
+        while not (home / "attempts.json").exists():
+            time.sleep(0.05)
+        (slurm / "hiccup").touch()
+        while not over():
+            time.sleep(0.05)
+        (slurm / "hiccup").unlink()
+        stop.request(home, "a person")
+
+    made = threading.Thread(target=fail, daemon=True)
+    made.start()
+    return made
+
+
+def test_a_scheduler_that_does_not_answer_for_a_while_ends_no_launch(
+    slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "WORKER", "patient")
+    failed = slurm / "failed"
+    failing = hiccup(
+        slurm, folder.path / "checkpoints/job", lambda: failed.exists() and len(failed.read_text().split()) > 2
+    )
+    with pytest.raises(launch.Stopped, match="after step 3: a person"):
+        launch.launch("job", profile(SLURM, nodes=1, processes=1, fsdp=1), folder)
+    failing.join()
+    told = [line for line in capsys.readouterr().out.splitlines() if "Unable to contact" in line]
+    assert len(told) == 1 and re.match(r"\[job\] squeue .*; asked again, the job is not touched", told[0])
+
+
+def test_a_scheduler_that_never_answers_again_ends_the_launch_with_the_way_on(
+    slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "WORKER", "patient")
+    monkeypatch.setattr(clusters, "PATIENCE", 0.6)
+    home, ended = folder.path / "checkpoints/job", threading.Event()
+    failing = hiccup(slurm, home, ended.is_set)
+    with pytest.raises(RuntimeError, match=r"Unable to contact .* for 0\.01 minutes\. job may .* follows it again"):
+        launch.launch("job", profile(SLURM, nodes=1, processes=1, fsdp=1), folder)
+    ended.set()
+    failing.join()
+    while (home / stop.FILE).exists():  # before the next test takes the folder away
+        time.sleep(0.05)
+
+
+def test_a_scheduler_s_command_that_does_not_end_is_a_failure_like_others(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(slurm / "bin/squeue", "exec sleep 30")
+    monkeypatch.setattr(clusters, "ANSWER", 0.2)
+    with pytest.raises(RuntimeError, match=r"^squeue .* failed: no answer in 0\.2 s"):
+        clusters.alive(profile(SLURM), "job")
 
 
 def preempt(slurm: Path) -> None:

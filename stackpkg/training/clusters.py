@@ -37,6 +37,8 @@ QUIET = KEPT | {
 }  # fmt: skip
 EARLY = 60  # seconds that Slurm may tell of the end of a job's time too early (sbatch, --signal)
 POLL = 5.0  # seconds between two looks at a job
+ANSWER = 120  # seconds in which a command of the scheduler must end
+PATIENCE = 300.0  # seconds without an answer of the scheduler after which a job is followed no longer
 SUBMITTED = "submitted.json"  # the cluster's id of a job, in its folder
 
 
@@ -168,9 +170,14 @@ def render(p: Params, name: str, command: Sequence[str]) -> str:
 
 
 def _ask(*command: str) -> str:
+    """What a command of the scheduler says. Raises `ValueError` where there is none, `RuntimeError` where it fails or
+    does not end."""
     if not shutil.which(command[0]):
         raise ValueError(f"{command[0]} is not on the path: launch from a machine that may submit, or set cluster")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.root(), timeout=120)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=runs.root(), timeout=ANSWER)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{' '.join(command)} failed: no answer in {ANSWER} s") from None
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
@@ -214,12 +221,24 @@ def follow(p: Params, name: str, home: Path) -> None:
     """Wait until the report of a job is there, or the cluster has it no more. Lines of its log that the job means to be
     read are printed.
 
-    Raises `TimeoutError` past `layout.timeout_minutes`; the cluster then goes on, and another call follows it again.
+    A scheduler that does not answer is asked again. Raises `RuntimeError` when it does not for `PATIENCE` seconds, and
+    `TimeoutError` past `layout.timeout_minutes`; the cluster then goes on, and another call follows it again.
     """
-    called = name_of(p, name)
+    called, answered, silent = name_of(p, name), time.monotonic(), False
     deadline, log, shown = time.monotonic() + 60 * p.layout.timeout_minutes, home / "log.txt", 0
     while True:
-        over = (home / "done.json").exists() or not alive(p, called)
+        try:
+            over = (home / "done.json").exists() or not alive(p, called)
+            answered, silent = time.monotonic(), False
+        except RuntimeError as error:
+            if time.monotonic() - answered > PATIENCE:
+                raise RuntimeError(
+                    f"{error}; so for {PATIENCE / 60:g} minutes. {name} may still be on the cluster: the same launch "
+                    "follows it again"
+                ) from None
+            if not silent:
+                print(f"[{name}] {clean(portable(str(error)))}; asked again, the job is not touched", flush=True)
+            over, silent = False, True
         said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         lines = said.splitlines(keepends=True)
         lines = lines[: len(lines) - bool(said and not said.endswith("\n"))]  # the last may be on its way
