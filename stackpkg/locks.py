@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import IO, Concatenate, ParamSpec, TypeVar
 
 from stackpkg import runs
 
@@ -32,23 +33,37 @@ def held(name: str) -> bool:
     return False
 
 
+def opened(path: Path) -> IO[str]:
+    """The file of a lock, which tells who has it (`sign`); it is not locked yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a+", encoding="utf-8")
+
+
+def sign(stream: IO[str]) -> None:
+    """Write into the file of a lock that this process has it."""
+    stream.truncate(0)
+    stream.write(f"{platform.node()} {os.getpid()}")
+    stream.flush()
+
+
+def holder(stream: IO[str]) -> tuple[str, str]:
+    """Host and process that had a lock last; `unknown` where none has signed."""
+    stream.seek(0)
+    host, _, process = stream.read().partition(" ")
+    return host, f"process {process or 'unknown'} on {host or 'unknown'}"
+
+
 @contextmanager
 def exclusive(name: str) -> Iterator[None]:
     """Hold the run `name`; raises `BlockingIOError` when another process holds it. The kernel frees it at death."""
-    path = _file(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as stream:
+    with opened(_file(name)) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            stream.seek(0)
-            holder = stream.read() or "unknown"
             raise BlockingIOError(
-                f"run {name!r} is being executed by process {holder}; wait for it, stop it, or give another --run"
+                f"run {name!r} is being executed by {holder(stream)[1]}; wait for it, stop it, or give another --run"
             ) from None
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
+        sign(stream)
         yield
 
 

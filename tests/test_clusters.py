@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from stackpkg.training import clusters, launch, stop, support
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN, PAGE = Path(__file__).parent / "golden_launch", (REPOSITORY / "book/launching.md").read_text()
+DIGEST = "b4c5a4a0"  # sha256 of lab_1/train
 SLURM = {"scheduler": "slurm", "gpus_per_node": 8, "partition": "train", "account": "lab"}
 KUBERNETES = {"scheduler": "kubernetes", "gpus_per_node": 8, "image": "registry.example/stackpkg:1", "claim": "lab"}
 # Slurm on one machine: a batch script is a process, and every node of its job is this one.
@@ -34,13 +36,22 @@ FAKES = {
     "sbatch": """
         script=${@: -1}; nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
         echo "$@" >> "$SLURM/sbatch.log"
+        sed -n 's/^#SBATCH --job-name=//p' "$script" > "$SLURM/name"
         export SLURM_JOB_ID=71 SLURM_JOB_NODELIST=here SLURM_SUBMIT_DIR=$PWD SLURM_NNODES=$nodes
         log=$(sed -n 's/^#SBATCH --output=//p' "$script")
         setsid bash "$script" >> "$log" 2>&1 < /dev/null &
         echo $! > "$SLURM/pid"
         echo "71;cluster"
     """,
-    "squeue": """kill -0 "$(cat "$SLURM/pid" 2>/dev/null)" 2>/dev/null && echo RUNNING; true""",
+    # without --me also what another person's job of any name is told of
+    "squeue": """
+        if [ -e "$SLURM/hiccup" ]; then
+            echo failed >> "$SLURM/failed"; echo "Unable to contact slurm controller" >&2; exit 1
+        fi
+        case " $* " in *" --me "*) ;; *) [ -e "$SLURM/colleague" ] && echo RUNNING ;; esac
+        case " $* " in *" --name=$(cat "$SLURM/name" 2>/dev/null) "*) ;; *) exit 0 ;; esac
+        kill -0 "$(cat "$SLURM/pid" 2>/dev/null)" 2>/dev/null && echo RUNNING; true
+    """,
     "scontrol": """case $1 in show) echo localhost ;; *) echo "$@" >> "$SLURM/scontrol.log" ;; esac""",
     "srun": """
         shift
@@ -174,17 +185,34 @@ def test_the_script_is_bash_and_the_manifest_is_complete() -> None:
     script = clusters.render(profile(SLURM), "train", command)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     service, job = yaml.safe_load_all(clusters.render(profile(KUBERNETES), "train", command))
-    assert service["metadata"]["name"] == job["metadata"]["name"] == "stackpkg-lab-1-train"
+    assert service["metadata"]["name"] == job["metadata"]["name"] == (called := f"stackpkg-lab-1-train-{DIGEST}")
     spec = job["spec"]["template"]["spec"]
     assert spec["subdomain"] == service["metadata"]["name"]  # what gives the first pod the name in the command
     bash = spec["containers"][0]["command"]
-    assert "--rdzv-endpoint=stackpkg-lab-1-train-0.stackpkg-lab-1-train:29500" in bash[2]
+    assert f"--rdzv-endpoint={called}-0.{called}:29500" in bash[2]
     subprocess.run(["bash", "-n"], input=bash[2], text=True, check=True)
     assert {m["name"] for m in spec["containers"][0]["volumeMounts"]} == {v["name"] for v in spec["volumes"]}
     with pytest.raises(ValueError, match=r"cluster\.image"):
         clusters.render(profile({"scheduler": "kubernetes"}), "train", command)
     with pytest.raises(ValueError, match="slurm or kubernetes"):
         clusters.render(profile({}), "train", command)
+
+
+def test_each_job_has_a_name_of_its_own_that_a_cluster_takes() -> None:
+    runs_and_jobs = [("lab_1", "train"), ("lab-1", "train"), ("lab.1", "train"), ("lab", "1-train"), ("lab-1", "Train")]
+    runs_and_jobs += [("a" * 60, "train"), ("a" * 60, "finetune"), ("a", "b" * 60), ("lab_1", "_")]
+    names = {clusters.name_of(params.validate({"run": run}), job) for run, job in runs_and_jobs}
+    assert len(names) == len(runs_and_jobs)
+    for name in names:
+        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= 52, "pods add an index and a suffix"
+
+
+def test_a_job_of_the_same_name_of_another_person_is_not_taken_for_ours(
+    slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm / "colleague").touch()
+    monkeypatch.setattr(launch, "WORKER", "meeting")
+    assert launch.launch("job", profile(SLURM, nodes=1, processes=1, fsdp=1), folder) == {"sum": 1, "groups": ["-"]}
 
 
 @pytest.mark.parametrize(("minutes", "told"), [(1.6, "2"), (2.0, "2"), (90.5, "91")])
@@ -231,6 +259,89 @@ def patient(slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(clusters, "time", hurried)  # a minute of `layout.timeout_minutes` lasts half a second
         launch.launch("job", p, folder)
     return p
+
+
+def test_a_job_that_two_launch_at_once_is_submitted_once_and_followed_by_both(
+    slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "WORKER", "patient")
+    script(slurm / "bin/sbatch", "sleep 1\n" + textwrap.dedent(FAKES["sbatch"]))
+    p, home, ended = profile(SLURM, nodes=1, processes=1, fsdp=1), folder.path / "checkpoints/job", list[str]()
+
+    def follow() -> None:
+        try:
+            launch.launch("job", p, folder)
+        except (RuntimeError, ValueError) as error:
+            ended.append(str(error))
+
+    launched = [threading.Thread(target=follow) for _ in range(2)]
+    for one in launched:
+        one.start()
+    while not (home / "attempts.json").exists():
+        time.sleep(0.05)
+    time.sleep(2.0)  # the other follows it by now
+    assert not ended
+    stop.request(home, "a person")
+    for one in launched:
+        one.join(60)
+    assert ended == ["job stopped after step 3: a person; launch it again to go on"] * 2
+    assert len((slurm / "sbatch.log").read_text().splitlines()) == 1
+
+
+def hiccup(slurm: Path, home: Path, over: Callable[[], bool]) -> threading.Thread:
+    """Once a job runs, Slurm's controller does not answer until it is `over`; then the job is stopped."""
+
+    def fail() -> None:
+        while not (home / "attempts.json").exists():
+            time.sleep(0.05)
+        (slurm / "hiccup").touch()
+        while not over():
+            time.sleep(0.05)
+        (slurm / "hiccup").unlink()
+        stop.request(home, "a person")
+
+    made = threading.Thread(target=fail, daemon=True)
+    made.start()
+    return made
+
+
+def test_a_scheduler_that_does_not_answer_for_a_while_ends_no_launch(
+    slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "WORKER", "patient")
+    failed = slurm / "failed"
+    failing = hiccup(
+        slurm, folder.path / "checkpoints/job", lambda: failed.exists() and len(failed.read_text().split()) > 2
+    )
+    with pytest.raises(launch.Stopped, match="after step 3: a person"):
+        launch.launch("job", profile(SLURM, nodes=1, processes=1, fsdp=1), folder)
+    failing.join()
+    told = [line for line in capsys.readouterr().out.splitlines() if "Unable to contact" in line]
+    assert len(told) == 1 and re.match(r"\[job\] squeue .*; asked again, the job is not touched", told[0])
+
+
+def test_a_scheduler_that_never_answers_again_ends_the_launch_with_the_way_on(
+    slurm: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "WORKER", "patient")
+    monkeypatch.setattr(clusters, "PATIENCE", 0.6)
+    home, ended = folder.path / "checkpoints/job", threading.Event()
+    failing = hiccup(slurm, home, ended.is_set)
+    with pytest.raises(RuntimeError, match=r"Unable to contact .* for 0\.01 minutes\. job may .* follows it again"):
+        launch.launch("job", profile(SLURM, nodes=1, processes=1, fsdp=1), folder)
+    ended.set()
+    failing.join()
+    while (home / stop.FILE).exists():  # before the next test takes the folder away
+        time.sleep(0.05)
+
+
+def test_a_scheduler_s_command_that_does_not_end_is_a_failure_like_others(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(slurm / "bin/squeue", "exec sleep 30")
+    monkeypatch.setattr(clusters, "ANSWER", 0.2)
+    with pytest.raises(RuntimeError, match=r"^squeue .* failed: no answer in 0\.2 s"):
+        clusters.alive(profile(SLURM), "job")
 
 
 def preempt(slurm: Path) -> None:
@@ -409,7 +520,7 @@ def test_a_job_of_kubernetes_is_replaced_followed_and_told_of(
     asked = [line.split()[0] for line in (kubectl / "kubectl.log").read_text().splitlines()]
     assert asked[:4] == ["get", "get", "delete", "apply"] and {*asked[4:]} <= {"get"}
     assert list(yaml.safe_load_all((home / "launch.yaml").read_text()))[1]["kind"] == "Job"
-    assert "submitted to kubernetes as stackpkg-lab-1-job\n[job] met\n" in capsys.readouterr().out
+    assert f"submitted to kubernetes as {clusters.name_of(p, 'job')}\n[job] met\n" in capsys.readouterr().out
 
 
 def test_a_job_of_kubernetes_that_fails_leaves_the_log_that_its_error_names(
@@ -435,7 +546,7 @@ def test_a_job_that_the_cluster_has_is_not_touched_by_another_profile(
     p, home = patient(slurm, folder, monkeypatch), folder.path / "checkpoints/job"
     before = (home / "job.json").read_bytes()
     for other in ({"seed": 3}, {"layout": p.layout.model_dump() | {"restarts": 5}}):
-        with pytest.raises(ValueError, match="still has stackpkg-lab-1-job, from another profile"):
+        with pytest.raises(ValueError, match=r"still has stackpkg-lab-1-job-\w{8}, from another profile"):
             launch.launch("job", params.validate(p.model_dump(mode="json") | other), folder)
     assert (home / "job.json").read_bytes() == before and not list(runs.root().glob("outbox/.previous/*/job"))
     stop.request(home, "the test is over")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from stackpkg import params
 from stackpkg.params import Params
 from stackpkg.runs import RunFolder, read_json, write_json, write_text
-from stackpkg.training import launch
+from stackpkg.training import launch, running
 
 JOB = "outbox/run/checkpoints/train/job.json"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the tether is Linux's")
@@ -332,6 +333,63 @@ def test_killing_the_caller_kills_every_rank(folder: RunFolder, repository: Path
         caller.kill()
         for pid in filter(alive, pids(folder)):  # the children that a rank starts are its own affair
             os.kill(pid, signal.SIGKILL)
+
+
+@linux
+def test_a_job_that_is_launched_is_not_launched_again(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    monkeypatch.setattr(running, "DYING", 0.2)
+    home, ended = folder.path / "checkpoints/job", list[str]()
+
+    def go() -> None:
+        with pytest.raises(RuntimeError) as raised:
+            start("sleeping", monkeypatch, folder, quiet=True)
+        ended.append(str(raised.value))
+
+    launched = threading.Thread(target=go)
+    launched.start()
+    try:
+        assert until(lambda: len(pids(folder)) == 2, 60), "the rank did not start"
+        before = (home / "job.json").read_bytes()
+        who = rf"job has been launched already \(process {os.getpid()} on .*nothing was changed.*checkpoints/job/stop"
+        for p in (profile(), rate(2e-3), profile(processes=16, nodes=2)):
+            with pytest.raises(ValueError, match=who):
+                start("finishing", monkeypatch, folder, p)
+        assert (home / "job.json").read_bytes() == before and launched.is_alive()
+        assert not (repository / "outbox/.previous" / folder.name).exists()
+        write_text(folder / "checkpoints/another/job.json", "{}")
+        with running.claim(folder.path / "checkpoints/another"):
+            pass  # jobs of a run go side by side
+    finally:
+        for pid in filter(alive, pids(folder)):
+            os.kill(pid, signal.SIGKILL)
+        launched.join(60)
+    assert "exit code" in ended[0]
+    assert start("finishing", monkeypatch, folder, quiet=True) == {"seen": 1}
+
+
+@pytest.mark.parametrize("p", [profile(), profile(processes=16, nodes=2)])
+@pytest.mark.parametrize("learning_rate", [2e-4, 2e-3])
+def test_a_job_whose_ranks_run_without_a_launch_is_not_described_anew(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, p: Params, learning_rate: float
+) -> None:
+    monkeypatch.setattr(running, "DYING", 0.2)
+    begin(monkeypatch, folder, rate(2e-4))
+    job = folder.path / "checkpoints/job/job.json"
+    before = job.read_bytes()
+    p = p.model_copy(update={"optimization": rate(learning_rate).optimization})
+    with running.hold(job.parent), pytest.raises(ValueError, match=r"job runs \(process .*nothing was changed"):
+        start("finishing", monkeypatch, folder, p)  # a node's ranks, started by hand, hold it
+    assert job.read_bytes() == before and len(left(folder)) == 4
+
+
+def test_a_launch_waits_for_what_a_killed_one_left(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for hold in (running.claim, running.hold):
+        dying = hold(folder.path / "checkpoints/job")
+        threading.Timer(1.0, dying.close).start()
+        assert start("finishing", monkeypatch, folder, quiet=True) == {"seen": 1}
+        assert dying.closed, "it did not wait"
 
 
 def test_what_makes_it_another_job_is_named() -> None:

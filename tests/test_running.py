@@ -61,19 +61,37 @@ def test_a_row_of_another_machine_tells_until_it_is_old(home: Path) -> None:
     rows.parent.mkdir(parents=True)
     rows.write_text("{}\n")
     assert "train runs: node7 wrote a row" in running.runs(home)
+    for ended in ({"attempts.json": [{"stopped": {"step": 3}}]}, {"attempts.json": [{}], "done.json": {}}):
+        for name, told in ended.items():
+            write_json(home / name, told)
+        assert running.runs(home) == "", "a job that has ended goes on elsewhere at once"
+    (home / "done.json").unlink()
+    assert "node7 wrote a row" in running.runs(home)
     os.utime(rows, (0, time.time() - running.SILENT - 1))
     assert running.runs(home) == ""
 
 
 def test_what_the_scheduler_still_has_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(home / "job.json", {"params": {"run": home.parents[1].name, "cluster": {"scheduler": "slurm"}}})
-    monkeypatch.setattr(running.clusters, "alive", lambda p, name: name.endswith("-train"))
+    monkeypatch.setattr(running.clusters, "alive", lambda p, name: "-train-" in name)
     assert "slurm has it, as stackpkg-lab" in running.runs(home)
     monkeypatch.undo()
     if not shutil.which("squeue"):
         code, said = typed("rollback", str(home.parents[1]), "--step", "0")
         assert code == 1 and "squeue is not on the path" in said, "nobody knows whether it runs"
         assert "whether it runs is not known: squeue" in typed("job", str(home.parents[1]))[1]
+
+
+def test_a_job_whose_scheduler_cannot_be_asked_is_not_launched_here(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(home / "job.json", {"params": {"run": home.parents[1].name, "cluster": {"scheduler": "slurm"}}})
+    monkeypatch.setenv("PATH", "/nowhere")
+    running.await_end(home)  # it was described and never submitted
+    write_json(home / "submitted.json", {"scheduler": "slurm", "id": "71"})
+    way = r"squeue is not on the path.*if it has ended, remove checkpoints/train/submitted\.json"
+    with pytest.raises(ValueError, match=way):
+        running.await_end(home)
 
 
 def typed(*words: str) -> tuple[int, str]:

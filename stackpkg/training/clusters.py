@@ -7,6 +7,7 @@ share.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -36,11 +37,16 @@ QUIET = KEPT | {
 }  # fmt: skip
 EARLY = 60  # seconds that Slurm may tell of the end of a job's time too early (sbatch, --signal)
 POLL = 5.0  # seconds between two looks at a job
+ANSWER = 120  # seconds in which a command of the scheduler must end
+PATIENCE = 300.0  # seconds without an answer of the scheduler after which a job is followed no longer
+SUBMITTED = "submitted.json"  # the cluster's id of a job, in its folder
 
 
 def name_of(p: Params, name: str) -> str:
-    """What the cluster calls the job: letters, digits and hyphens (RFC 1123)."""
-    return re.sub(r"[^a-z0-9]+", "-", f"stackpkg-{p.run}-{name}".lower())[:52].strip("-")
+    """What the cluster calls the job: letters, digits and hyphens (RFC 1123), and the beginning of a digest, which
+    tells `lab_1` from `lab-1`, and jobs whose names are cut from each other."""
+    said = re.sub(r"[^a-z0-9]+", "-", f"stackpkg-{p.run}-{name}".lower())[:43].strip("-")
+    return f"{said}-{hashlib.sha256(f'{p.run}/{name}'.encode()).hexdigest()[:8]}"
 
 
 def check(p: Params) -> None:
@@ -164,9 +170,14 @@ def render(p: Params, name: str, command: Sequence[str]) -> str:
 
 
 def _ask(*command: str) -> str:
+    """What a command of the scheduler says. Raises `ValueError` where there is none, `RuntimeError` where it fails or
+    does not end."""
     if not shutil.which(command[0]):
         raise ValueError(f"{command[0]} is not on the path: launch from a machine that may submit, or set cluster")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.root(), timeout=120)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=runs.root(), timeout=ANSWER)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{' '.join(command)} failed: no answer in {ANSWER} s") from None
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
@@ -184,31 +195,50 @@ def submit(p: Params, name: str, home: Path, command: Sequence[str]) -> str:
 
 
 def alive(p: Params, job: str) -> bool:
-    """Whether the cluster still has the job, waiting or running."""
+    """Whether the cluster still has the job, waiting or running. On Slurm those of other people don't count: their
+    names may be the same."""
     if p.cluster.scheduler == "slurm":
-        return bool(_ask("squeue", "--noheader", "--format=%T", f"--name={job}"))
+        return bool(_ask("squeue", "--noheader", "--me", "--format=%T", f"--name={job}"))
     found = _ask("kubectl", "get", "job", job, "--ignore-not-found", "--output=json")
     conditions = json.loads(found)["status"].get("conditions", []) if found else []
     ended = any(one["type"] in ("Complete", "Failed") and one["status"] == "True" for one in conditions)
     return bool(found) and not ended
 
 
-def follow(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
-    """Submit the job, unless the cluster has it still, and wait until its report is there, or the cluster has it no
-    more. Lines of its log that the job means to be read are printed.
-
-    Raises `TimeoutError` past `layout.timeout_minutes`; the cluster then goes on, and another call follows it again.
-    """
-    called, known = name_of(p, name), home / "submitted.json"
+def place(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
+    """Submit the job, unless the cluster has it still. Raises `ValueError` where it has one of this name that was not
+    submitted from here."""
+    called, known = name_of(p, name), home / SUBMITTED
     if not alive(p, called):
         job = submit(p, name, home, command)
         write_json(known, {"scheduler": p.cluster.scheduler, "id": job})
         print(f"[{name}] submitted to {p.cluster.scheduler} as {job}", flush=True)
     elif not known.exists():
         raise ValueError(f"the cluster still has another job called {called}: wait for it, or cancel it")
+
+
+def follow(p: Params, name: str, home: Path) -> None:
+    """Wait until the report of a job is there, or the cluster has it no more. Lines of its log that the job means to be
+    read are printed.
+
+    A scheduler that does not answer is asked again. Raises `RuntimeError` when it does not for `PATIENCE` seconds, and
+    `TimeoutError` past `layout.timeout_minutes`; the cluster then goes on, and another call follows it again.
+    """
+    called, answered, silent = name_of(p, name), time.monotonic(), False
     deadline, log, shown = time.monotonic() + 60 * p.layout.timeout_minutes, home / "log.txt", 0
     while True:
-        over = (home / "done.json").exists() or not alive(p, called)
+        try:
+            over = (home / "done.json").exists() or not alive(p, called)
+            answered, silent = time.monotonic(), False
+        except RuntimeError as error:
+            if time.monotonic() - answered > PATIENCE:
+                raise RuntimeError(
+                    f"{error}; so for {PATIENCE / 60:g} minutes. {name} may still be on the cluster: the same launch "
+                    "follows it again"
+                ) from None
+            if not silent:
+                print(f"[{name}] {clean(portable(str(error)))}; asked again, the job is not touched", flush=True)
+            over, silent = False, True
         said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         lines = said.splitlines(keepends=True)
         lines = lines[: len(lines) - bool(said and not said.endswith("\n"))]  # the last may be on its way
@@ -218,6 +248,6 @@ def follow(p: Params, name: str, home: Path, command: Sequence[str]) -> None:
         if over:
             return
         if time.monotonic() > deadline:
-            job = read_json(known)["id"]
+            job = read_json(home / SUBMITTED)["id"]
             raise TimeoutError(f"{name} is still on the cluster, as {job}; the same launch follows it again")
         time.sleep(POLL)

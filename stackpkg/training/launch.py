@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stackpkg import params
 from stackpkg.params import Params
@@ -124,16 +124,26 @@ def launch(
     With `cluster.scheduler` it is submitted and followed; a call made anew follows it again. Without, on several nodes,
     the first call describes the job and raises `ValueError` with the command for every node; once the cluster has
     finished it, the same call returns its report.
-    Raises `ValueError` for a layout that was not tested with the model (`support`), and for a receiver that is not
-    installed, `Stopped` with the reason when the job obeyed its stop file, `RuntimeError` with the end of the log when
-    it fails, `TimeoutError` past `layout.timeout_minutes`.
+    Raises `ValueError` for a layout that was not tested with the model (`support`), for a receiver that is not
+    installed, and where the job runs already, or another launch has it (`running`); nothing is changed then. `Stopped`
+    with the reason when the job obeyed its stop file, `RuntimeError` with the end of the log when it fails,
+    `TimeoutError` past `layout.timeout_minutes`.
     """
     support.check(p)
     clusters.check(p)
     receivers.check(p)
-    if why := killed(folder.path / "checkpoints" / name):
+    home = folder.path / "checkpoints" / name
+    if why := killed(home):
         raise ValueError(why)
     spec = describe(name, p, folder, steps or p.max_steps, faults)
+    with running.claim(home) as alone:
+        return _launch(name, p, folder, spec, quiet, alone)
+
+
+def _launch(
+    name: str, p: Params, folder: RunFolder, spec: dict[str, Any], quiet: bool, alone: IO[str]
+) -> dict[str, Any]:
+    """See `launch`, which gives the lock `alone`: it ends once the job is the cluster's, whose jobs many may follow."""
     home = folder.path / "checkpoints" / name
     job, done = home / "job.json", home / "done.json"
     previous.settle(folder, name)
@@ -147,6 +157,7 @@ def launch(
                 f"the cluster still has {clusters.name_of(p, name)}, from another profile: wait, or cancel it"
             )
     else:
+        running.await_end(home)
         if done.exists() or not same:
             for line in _make_room(name, folder, spec):
                 if not quiet:
@@ -161,7 +172,9 @@ def launch(
                 f"the first of them: {' '.join(shown)}"
             )
         with running.hold(home), _exported(name, p, folder):
-            clusters.follow(p, name, home, shown)
+            clusters.place(p, name, home, shown)
+            alone.close()
+            clusters.follow(p, name, home)
     else:
         with running.hold(home), _exported(name, p, folder), sigterm.heeded(home):
             _stream(command(str(job), p), home / "log.txt", p, "" if quiet else f"[{name}]")
