@@ -1,7 +1,8 @@
 """What happens when a step goes wrong: a ladder of rungs, each tried only when the one before did not help.
 
 1 skip        an update whose global gradient norm is not finite, or a spike, is dropped within its step
-2 roll_back   after four in a row that are not finite, or weights that are not: the newest good checkpoint
+2 roll_back   after four in a row that are not finite, or weights, moments or an average that are not: the newest good
+              checkpoint
 3 skip_data   it came back at the same place: from the checkpoint again, without the data of those steps
 4 fp32        it came back, in bf16: from the checkpoint again, in fp32 from there to the end
 5 stop        it came back: the job ends with a diagnosis
@@ -13,15 +14,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from stackpkg.data import curriculum
 from stackpkg.runs import now, write_json
 from stackpkg.telemetry.guard import WINDOW, Alert, score
 from stackpkg.training.launch import DIAGNOSIS
+from stackpkg.training.mesh import local
 
 MAX_CONSECUTIVE_SKIPS = 4
 RUNGS = ("skip", "roll_back", "skip_data", "fp32", "stop")
@@ -29,8 +34,8 @@ HISTORY = "ladder.jsonl"
 
 
 class RollBack(FloatingPointError):
-    """Gradients, or weights, were not finite from step `first` to step `last` (from 1), of which `row` is what was
-    measured. Raised on all ranks at once."""
+    """Gradients, weights, moments or an average were not finite from step `first` to step `last` (from 1), of which
+    `row` is what was measured. Raised on all ranks at once."""
 
     def __init__(self, first: int, last: int, row: dict[str, Any] | None = None) -> None:
         super().__init__(f"numbers were not finite from step {first} to {last}")
@@ -84,6 +89,18 @@ class Skips:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.consecutive, self.broken = state["total"], state["consecutive"], state["broken"]
         self.window = deque(state["window"], maxlen=WINDOW)
+
+
+def finite(held: Iterable[Any], device: torch.device) -> bool:
+    """Whether every number of these tensors is finite, on all ranks. A collective; all ranks agree. Each tensor is read
+    once and none is copied: where one number is NaN or infinite, the least or the largest of all is."""
+    parts = [part.detach() for each in held if isinstance(each, Tensor) and (part := local(each)).numel()]
+    ends = [end.to(device, torch.double) for part in parts for end in torch.aminmax(part)]
+    bad = torch.zeros((), dtype=torch.int32, device=device)
+    if ends:
+        bad += ~torch.stack(ends).isfinite().all()
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return not bad
 
 
 def history(home: Path) -> list[dict[str, Any]]:
