@@ -36,7 +36,8 @@ def support(found: dict[str, Any]) -> str:
     loss, average = (text(f"{max(row.get(name, 0.0) for row in exact):.0e}") for name in ("loss", "average"))
     repeated = sum(row.get("repeats", False) for row in found["rows"])
     note = f"Of the gradient; of the loss, {loss} at most, of the average of the weights {average} (fp32)\\. "
-    note += f"Empty: no experts to spread\\. Repeated by a resume: {repeated} of {len(found['rows'])}\\. "
+    note += "Empty: no experts to spread, or tied embeddings, which no pipeline cuts\\. "
+    note += f"Repeated by a resume: {repeated} of {len(found['rows'])}\\. "
     for precision, limits in found["limits"].items():
         told = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
         note += f"Limits of {precision}: {text(told)}\\. "

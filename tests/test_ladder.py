@@ -36,11 +36,14 @@ def clean(lab: RunFolder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def mended(lab: RunFolder, clean: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Weights that one rank damaged once; data that always poisons; a number that bf16 can't hold."""
+    """Weights, or a second moment, that one rank damaged once; data that always poisons; a number that bf16 can't
+    hold."""
     hurt = {"kind": "nan_parameter", "step": 3, "rank": 1, "attempt": 1}
+    frozen = {"kind": "inf_second_moment", "step": 3, "rank": 1, "attempt": 1}
     data = {"kind": "nan_gradient", "cursor": [step - 1 for step in BURST]}
     overflow = {"kind": "overflow", "step": list(range(4, 13))}
-    return run(lab, hurt=Job(patient(processes=2), [hurt], steps=12)) | run(
+    pairs = {"hurt": Job(patient(processes=2), [hurt], 12), "frozen": Job(patient(processes=2), [frozen], 12)}
+    return run(lab, **pairs) | run(
         lab, poisoned=Job(patient(), [data], steps=12), overflowing=Job(patient("bf16"), [overflow], steps=12)
     )
 
@@ -58,6 +61,19 @@ def test_damaged_weights_are_rolled_back_and_end_as_if_nothing_had_happened(lab:
     assert history(lab, "hurt").recovery_rung.tolist() == [0, 0] + [2] * 10
     alerts = [json.loads(line) for line in (lab.path / "telemetry/hurt.alerts.jsonl").read_text().splitlines()]
     assert [a["step"] for a in alerts if a["alert"] == "TrainRolledBack"] == [3]
+
+
+def test_no_snapshot_holds_a_moment_that_is_infinite(lab: RunFolder, clean, mended) -> None:
+    """It froze a weight in step 3, and nothing that a row measures tells of it: the snapshot of step 4 is not taken."""
+    assert climbed(lab, "frozen") == [("roll_back", 3, 4)]
+    attempts = read_json(lab.path / "checkpoints/frozen/attempts.json")
+    assert [attempt["resumed_from"] for attempt in attempts] == [None, "checkpoint-2"]
+    assert mended["frozen"]["weights_sha256"] == clean["weights_sha256"]
+    pd.testing.assert_frame_equal(compared(history(lab, "frozen")), compared(history(lab, "calm")), check_exact=True)
+    table = rows.read(lab.path / "telemetry/frozen")
+    broken = rows.effective(table[table.attempt == 1]).query("step == 4")
+    assert broken.recovery_rung.tolist() == [2, 2] and broken.nonfinite.tolist() == [1, 1]
+    assert broken.loss.notna().all() and broken.weight_norm.notna().all()
 
 
 def test_poisonous_data_is_passed_over(lab: RunFolder, mended) -> None:

@@ -1,5 +1,6 @@
 """Layouts compute what one process does: a few with real processes here, all of them in the table launches obey."""
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,45 @@ def test_bf16_asks_for_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
         support.check(p)
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen3", "stackpkg"])
+def test_tied_embeddings_ask_for_a_row_of_a_model_that_has_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
+) -> None:
+    """As well as for a row of the model itself."""
+
+    def tied(layout: str, **training: Any) -> params.Params:
+        p = tiny.profile(model, support.LAYOUTS[layout], **training).model_dump()
+        p["model"]["config"]["tie_word_embeddings"] = True
+        return params.validate(p)
+
+    for layout in ("fsdp2", "tp2", "fsdp2 x tp2"):
+        support.check(tied(layout))
+        support.check(tied(layout, precision="bf16") if model != "stackpkg" else tied(layout))
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+        support.check(tied("pp2"))
+    for gone, told in ((support.TIED, "tied embeddings"), (model, model)):
+        kept = [row for row in TABLE["rows"] if row["layout"] != "tp2" or not row["model"].endswith(gone)]
+        monkeypatch.setattr(support, "TABLE", runs.write_json(tmp_path / "support.json", TABLE | {"rows": kept}))
+        with pytest.raises(ValueError, match=f"tp2 was not tested with {told} in fp32, .* nearest that holds: "):
+            support.check(tied("tp2"))
+        support.check(tied("fsdp2"))
+
+
+def test_other_versions_than_the_table_s_are_told_and_not_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    p, built = tiny.profile("llama", support.LAYOUTS["tp2"]), support.versions()["torch"].partition("+")[0]
+    for torch_version, told in (("2.12.1", f"torch {built}.*, measured with 2.12.1. .* -m stackpkg.training.parity"),
+                                (built + "+cu130", "")):  # fmt: skip
+        table = TABLE | {"versions": TABLE["versions"] | {"torch": torch_version}}
+        monkeypatch.setattr(support, "TABLE", runs.write_json(tmp_path / "support.json", table))
+        with pytest.warns(UserWarning, match=told) if told else warnings.catch_warnings(action="error"):
+            support.check(p)
+        support.check(tiny.profile("llama", {}))  # one process agrees with itself
+
+
 def test_the_table_holds_every_case_of_these_versions() -> None:
+    assert TABLE["versions"].keys() == support.versions().keys() and not support.changed(TABLE["versions"])
     assert {*map(support.case, TABLE["rows"])} == set(support.cases(tiny.MODELS, tiny.DENSE))
     within(TABLE["rows"])
     assert TABLE["limits"] == support.LIMITS

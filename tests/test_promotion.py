@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stackpkg.model.configuration import StackConfig
-from stackpkg.runs import digest, read_json, write_json
-from stackpkg.training import promotion, versions
+from stackpkg.runs import digest, read_json, write_json, write_text
+from stackpkg.training import origin, promotion, versions
 from stackpkg.training.snapshots import PROMOTED, promoted, touched
 
 
@@ -25,6 +26,8 @@ def test_the_gate_lets_only_measured_numbers_pass(comparison: str, good: float, 
     limits = {"loss": (comparison, 1.0)}
     assert promotion.gate({"loss": good}, limits) == []
     assert promotion.gate({"loss": bad}, limits) == [f"loss is {bad:g}, must be {comparison} 1"]
+    for value in (math.inf, -math.inf, "-Infinity"):
+        assert promotion.gate({"loss": value}, limits) == [f"loss is {float(value):g}, must be {comparison} 1"]
     # "NaN" is how a NaN stands in strict JSON, None what was not measured
     for value in (math.nan, "NaN", None):
         assert promotion.gate({"loss": value}, limits) == [f"loss is nan, must be {comparison} 1"]
@@ -282,9 +285,60 @@ def test_a_later_version_is_never_smaller(start: tuple[int, int, int], kinds: li
         version = later
 
 
+def ended(home: Path, steps: int = 4) -> None:
+    """The job in `home` has ended and told what it wrote, as its rank 0 does."""
+    files = {path.relative_to(home).as_posix(): digest(path) for path in sorted(home.glob("final*/*"))}
+    write_json(home / "done.json", {"steps": steps, "files": files})
+
+
+def test_a_snapshot_that_does_not_tell_what_it_is_leaves_nothing_behind(tmp_path: Path, candidate: Path) -> None:
+    snapshot, artifacts = tmp_path / "checkpoint-4", tmp_path / "artifacts"
+    ended(tmp_path)
+    for damaged in (None, "{", '["step", "data"]', '{"step": 4}', '{"step": "4", "data": "corpus"}'):
+        if damaged is not None:
+            write_text(snapshot / "manifest.json", damaged)
+        with pytest.raises(ValueError, match=r"checkpoint-4/manifest\.json is gone or damaged, .* restore it, or"):
+            promotion.promote(artifacts, candidate, "v1", {}, [], snapshot=snapshot)
+        assert not (artifacts / "v1").exists() and promotion.registry(artifacts)["history"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda final: (final / "config.json").write_text('{"rope_theta": 1}'), "final/config.json"),
+        (lambda final: (final / "model.safetensors").unlink(), "final/model.safetensors"),
+        (lambda final: (final / "adapter.safetensors").write_bytes(b"more"), "final/adapter.safetensors"),
+        (lambda final: (final.parent / "done.json").unlink(), "it has not ended, or was rolled back since"),
+        (lambda final: ended(final.parent, 6), "final is of step 6, .* checkpoint-4 of step 4: give the checkpoint"),
+    ],
+)
+def test_only_what_the_job_wrote_is_promoted(tmp_path: Path, candidate: Path, change, told: str) -> None:
+    snapshot, artifacts = tmp_path / "checkpoint-4", tmp_path / "artifacts"
+    write_json(snapshot / "manifest.json", {"step": 4, "data": "corpus"})
+    ended(tmp_path)
+    (candidate / "README.md").write_text("a card is no part of a model")
+    with warnings.catch_warnings(action="error"):
+        assert origin.traced(candidate, snapshot)["data"] == "corpus"
+    change(candidate)
+    with pytest.raises(ValueError, match=told):
+        promotion.promote(artifacts, candidate, "v1", {}, [], snapshot=snapshot)
+    assert not artifacts.exists() or not (artifacts / "v1").exists()
+    elsewhere = shutil.copytree(candidate, tmp_path / "elsewhere/final")
+    assert origin.traced(elsewhere, snapshot)["step"] == 4, "what no job of this snapshot wrote has no such record"
+
+
+def test_a_job_that_ended_under_an_earlier_version_is_promoted_with_a_warning(tmp_path: Path, candidate: Path) -> None:
+    snapshot = tmp_path / "checkpoint-4"
+    write_json(snapshot / "manifest.json", {"step": 4, "data": "corpus"})
+    write_json(tmp_path / "done.json", {"steps": 4})
+    with pytest.warns(UserWarning, match="kept no digests: whether final is as the job wrote it is not checked"):
+        assert promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, [], snapshot=snapshot)
+
+
 def test_the_checkpoint_that_was_promoted_is_marked(tmp_path: Path, candidate: Path) -> None:
     snapshot = tmp_path / "checkpoint-4"
     write_json(snapshot / "manifest.json", {"step": 4, "data": "corpus"})
+    ended(tmp_path)
     assert not promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, ["no"], snapshot=snapshot)
     assert not (tmp_path / PROMOTED).exists()
     assert promotion.promote(tmp_path / "artifacts", candidate, "v1", {}, [], card="# A card", snapshot=snapshot)
@@ -302,6 +356,7 @@ MEASURED |= {"long_range_accuracy": 0.0, "pairs": 64, "long_range_answers": 128}
 def current(tmp_path: Path, candidate: Path) -> Path:
     """Artifacts of a run whose current version was measured on the corpus `d`."""
     write_json(tmp_path / "checkpoint-4/manifest.json", {"step": 4, "data": "d"})
+    ended(tmp_path)
     artifacts = tmp_path / "outbox/old/artifacts"
     promotion.promote(artifacts, candidate, "v1", MEASURED, [], snapshot=tmp_path / "checkpoint-4")
     promotion.promote(artifacts, candidate, "bad", {"validation_loss": 9.0}, ["no"])
@@ -333,6 +388,7 @@ def test_a_job_is_compared_with_the_last_version_of_other_weights(current: Path,
     shutil.copytree(final, average)
     (final / "model.safetensors").write_bytes(b"learned on" * 100)
     (average / "model.safetensors").write_bytes(b"learned on, averaged" * 100)
+    ended(tmp_path)
     assert promotion.to_beat(current, "d", [final, average])["version"] == "v1"
     worse = MEASURED | {"validation_loss": 4.05, "precision_at_k": 0.6}
     promotion.promote(current, average, "v2", worse, [], snapshot=tmp_path / "checkpoint-4")
@@ -367,6 +423,7 @@ def test_the_gate_seldom_refuses_a_candidate_that_is_as_good(
     """Two draws of the same share: all five measures are refused once in a hundred at most."""
     rng, trials, refused = np.random.default_rng(n), 4_000, 0
     write_json(tmp_path / "checkpoint-4/manifest.json", {"step": 4, "data": "d"})
+    ended(tmp_path)
     promotion.promote(tmp_path, candidate, "v1", {}, [], snapshot=tmp_path / "checkpoint-4")
     told = read_json(tmp_path / "registry.json")
     for _ in range(trials // 10):

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stackpkg import params
 from stackpkg.data import curriculum
 from stackpkg.runs import read_json
-from stackpkg.telemetry.guard import Guard
+from stackpkg.telemetry.guard import Guard, score
 from stackpkg.training.faults import inject, overflow
-from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS, RollBack, Skips, climb, history
+from stackpkg.training.optim import Adafactor
+from stackpkg.training.recovery import MAX_CONSECUTIVE_SKIPS, RollBack, Skips, climb, finite, history
 
 
 def trained(**options: bool) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -163,8 +167,60 @@ def test_a_rank_that_died_while_climbing_skips_no_data_twice(tmp_path: Path) -> 
 
 
 def test_spikes_and_a_number_that_is_none_are_counted_apart() -> None:
-    skipped, skips = told([1.0] * 12 + [500.0] * 3 + [float("nan")] + [1.0])
-    assert skipped == [False] * 12 + [True] * 4 + [False] and skips.broken == 0
+    skipped, skips = told([1.0] * 12 + [500.0] * 2 + [float("nan")])
+    assert skipped == [False] * 12 + [True] * 3 and (skips.consecutive, skips.broken) == (3, 1)
+    skips.judge(MEASURED, 15)
+    assert told([1.0], skips)[0] == [False] and (skips.consecutive, skips.broken) == (0, 0)
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    "mixed", [[NAN, NAN, 500.0, NAN, 500.0], [500.0, 500.0, 500.0, NAN], [NAN, 500.0, 500.0, 500.0]]
+)
+def test_spikes_among_numbers_that_are_none_are_no_level_and_a_fault(mixed: list[float]) -> None:
+    skipped, skips = told([1.0] * 12 + mixed)
+    assert all(skipped[12:]) and 500.0 not in skips.window
+    with pytest.raises(RollBack, match=f"from step {9 + len(mixed)} to {12 + len(mixed)}"):
+        skips.judge(MEASURED, 12 + len(mixed))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on() -> None:
+    """There `broken` began again at a spike; its form is the same."""
+    skips = Skips(SPIKE)
+    skips.load_state_dict({"total": 3, "consecutive": 3, "broken": 1, "window": [1.0] * 12})
+    assert told([500.0], skips)[0] == [True]
+    with pytest.raises(RollBack, match="from step 13 to 16"):
+        skips.judge(MEASURED, 16)
+
+
+@given(st.lists(st.sampled_from([1.0, 1.1, 30.0, 500.0, NAN, math.inf]), max_size=60))
+def test_any_sequence_of_norms_is_skipped_accepted_or_rolled_back(norms: list[float]) -> None:
+    """No number that is none is ever accepted, no spike but the fifth of five in a row, and no fifth update is lost
+    without a fault."""
+    model = torch.nn.Linear(1, 1)
+    skips, run = Skips(SPIKE), list[float]()
+    for step, value in enumerate([1.0] * 12 + norms, 1):
+        spike = math.isfinite(value) and score(SPIKE, value, skips.window) > SPIKE.threshold
+        level = len(run) == MAX_CONSECUTIVE_SKIPS and all(map(math.isfinite, run))
+        if skips.check(model, torch.tensor(value)):
+            run.append(value)
+            assert not math.isfinite(value) or (spike and not level)
+        else:
+            assert math.isfinite(value) and (level or not spike)
+            run.clear()
+        assert skips.consecutive == len(run) and all(map(math.isfinite, skips.window))
+        resumed = Skips(SPIKE)
+        resumed.load_state_dict(skips.state_dict())
+        assert resumed.state_dict() == skips.state_dict()
+        if len(run) >= MAX_CONSECUTIVE_SKIPS and not all(map(math.isfinite, run)):
+            with pytest.raises(RollBack) as raised:
+                skips.judge(MEASURED, step)
+            assert (raised.value.first, raised.value.last) == (step - 3, step)
+            return
+        skips.judge(MEASURED, step)
+        assert len(run) <= MAX_CONSECUTIVE_SKIPS
 
 
 def settle() -> None:
@@ -191,14 +247,60 @@ def test_an_overflow_is_one_in_the_arithmetic_of_bf16_alone() -> None:
         assert overflow(torch.zeros(2)).isnan()
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize(("part", "damaged"), [("parameter", "weights"), ("moment", "moments")])
-def test_damage_to_the_state_is_one_number(value: str, part: str, damaged: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "damaged"),
+    [(f"{value}_{part}", damaged)
+     for value in ("nan", "inf") for part, damaged in (("parameter", "weights"), ("moment", "exp_avg"))]
+    + [("inf_second_moment", "exp_avg_sq")],
+)  # fmt: skip
+def test_damage_to_the_state_is_one_number(kind: str, damaged: str) -> None:
     model, optimizer = trained()
-    inject({"kind": f"{value}_{part}"}, model, optimizer, settle, step=1)
-    test = {"nan": torch.isnan, "inf": torch.isinf}[value]
-    bad = {
-        "weights": sum(int(test(p).sum()) for p in model.parameters()),
-        "moments": sum(int(test(s["exp_avg"]).sum()) for s in optimizer.state.values()),
-    }
-    assert bad == {"weights": 0, "moments": 0} | {damaged: 1}
+    inject({"kind": kind}, model, optimizer, settle, step=1)
+    test = {"nan": torch.isnan, "inf": torch.isinf}[kind[:3]]
+    moments = {name: [state[name] for state in optimizer.state.values()] for name in ("exp_avg", "exp_avg_sq")}
+    held = {"weights": [*model.parameters()], **moments}
+    bad = {name: sum(int(test(each).sum()) for each in tensors) for name, tensors in held.items()}
+    assert bad == dict.fromkeys(held, 0) | {damaged: 1}
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def verdict(optimizer: torch.optim.Optimizer) -> bool:
+    return finite((value for state in optimizer.state.values() for value in state.values()), torch.device("cpu"))
+
+
+def test_an_infinite_second_moment_is_seen_in_no_weight_and_in_the_state(alone: None) -> None:
+    model, optimizer = trained(fused=True)
+    assert verdict(optimizer)
+    inject({"kind": "inf_second_moment"}, model, optimizer, settle, step=1)
+    first = next(model.parameters())
+    before = first.view(-1)[0].item()
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert first.view(-1)[0].item() == pytest.approx(before * (1 - 1e-2 * 0.1)), "it decays, and learns nothing"
+    assert not verdict(optimizer)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_state_of_an_optimiser_hides_a_number_that_is_none(alone: None, bad: float) -> None:
+    model, adam = trained()
+    factored = Adafactor(model.parameters(), lr=1e-2, scale_parameter=False, relative_step=False)
+    factored.step()
+    for optimizer in (adam, factored):
+        held = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = [value for value in held if isinstance(value, torch.Tensor)]
+        assert len({name for state in optimizer.state.values() for name in state}) >= 3 and verdict(optimizer)
+        for tensor in tensors:
+            kept = tensor.flatten()[-1].clone()
+            tensor.view(-1)[-1] = bad
+            assert not verdict(optimizer)
+            tensor.view(-1)[-1] = kept
+        assert verdict(optimizer)
+    huge = torch.full((3,), torch.finfo(torch.float32).max)
+    assert finite([huge, torch.empty(0), 7, -huge], torch.device("cpu")), "large is not infinite"
+    assert finite([], torch.device("cpu")), "before the first update"

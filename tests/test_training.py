@@ -34,7 +34,7 @@ from stackpkg.objectives import preference
 from stackpkg.params import Params, Until
 from stackpkg.runs import RunFolder, read_json, write_json
 from stackpkg.telemetry import rows
-from stackpkg.training import launch, layout, tiny, worker
+from stackpkg.training import launch, layout, origin, snapshots, tiny, worker
 
 SOURCE = runs.root()  # of the text: the package itself
 STEPS, TOKENS = 6, 1024
@@ -448,6 +448,10 @@ def test_the_results_are_ordinary_folders_of_transformers(lab: RunFolder, alone,
     assert model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1] > len(expected)
     files = {path.suffix for part in ("final", "final_ema") for path in (home / part).rglob("*") if path.is_file()}
     assert files == {".json", ".safetensors"}  # nothing that unpickles when it is opened
+    told, newest = read_json(home / "done.json")["files"], [*snapshots.listed(home).values()][-1]
+    assert told == {f"{path.parent.name}/{path.name}": runs.digest(path) for path in home.glob("final*/*")}
+    for part in ("final", "final_ema"):
+        assert origin.traced(home / part, newest)["step"] == STEPS, "what a promotion asks for"
 
 
 @pytest.fixture(scope="module")

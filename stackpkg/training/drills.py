@@ -136,6 +136,8 @@ DRILLS = {
                            processes=2),
     "nan_moment": Drill("NaN in a moment of the optimiser", ("roll_back",), at(5, "nan_moment", **ONCE)),
     "inf_moment": Drill("Inf in a moment of the optimiser", ("roll_back",), at(5, "inf_moment", **ONCE)),
+    "inf_second_moment": Drill("Inf in a second moment of one rank", ("roll_back",),
+                               at(5, "inf_second_moment", rank=1, **ONCE), processes=2),
     "poison": Drill("data that poisons four steps", ("roll_back", "skip_data"),
                     ({"kind": "nan_gradient", "cursor": [step - 1 for step in BURST]},), same=False),
     "overflow": Drill("a sum that overflows in bf16 and not in fp32", ("roll_back", "skip_data", "fp32"),
@@ -233,9 +235,7 @@ def _seen(drill: Drill, folder: RunFolder, home: Path, said: str, refused: bool)
     begun, climbed = attempts.read(home), [event["rung"] for event in recovery.history(home)]
     table, done = rows.read(folder.path / "telemetry/job"), home / "done.json"
     report = read_json(done) if done.exists() else {}
-    went = [*climbed]
-    if not climbed and report.get("skipped_updates"):
-        went += [f"skip {report['skipped_updates']}"]
+    went = [*climbed] or ([f"skip {skipped}"] if (skipped := report.get("skipped_updates")) else [])
     went += ["stopped"] if any("stopped" in attempt for attempt in begun) else []
     went += ["refused"] if refused else []
     if len(begun) > 1 + len(climbed):

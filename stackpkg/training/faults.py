@@ -22,6 +22,7 @@ SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
 KINDS = (
     *SIGNALS, "kill_saving", "hang", "slow", "disk_full", "clock_back", "hot_rate", "flip_byte", *LOSSES, OVERFLOW,
     "nan_gradient", "inf_gradient", "spike_gradient", "nan_parameter", "inf_parameter", "nan_moment", "inf_moment",
+    "inf_second_moment",
 )  # fmt: skip
 ROOM = 1 << 16  # bytes that a file may have once the disk is full
 
@@ -88,7 +89,8 @@ def inject(
     but after `settle`: a drill ends the same each time); `hang`, for ever; `slow`, `seconds` later; `disk_full`, from
     when on no file grows beyond `ROOM` bytes; `clock_back`, by a day; `flip_byte`, the one at `offset` of `file`
     below the run's `folder`; `hot_rate`, this update at `factor` times the learning rate; NaN or infinity in one
-    number of a gradient, of a weight or of Adam's first moment, from which the next gradients are none; or a gradient
+    number of a gradient, of a weight or of Adam's first moment, from which the next gradients are none; infinity in
+    one of its second moment, by which an update is divided, so that the weight learns nothing any more; or a gradient
     10,000 times as large. Done elsewhere are `kill_saving`, while the checkpoint of a step is written, the losses
     of `spoilt`, and the `overflow` that `plant` makes.
     Raises `ValueError` for an unknown kind.
@@ -129,5 +131,7 @@ def _damage(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
         return
     first, gradient = learning[0]
     value, _, place = kind.partition("_")
-    places = {"gradient": gradient, "parameter": first, "moment": optimizer.state[first].get("exp_avg", first)}
+    moments = optimizer.state[first]
+    places = {"gradient": gradient, "parameter": first, "moment": moments.get("exp_avg", first)}
+    places["second_moment"] = moments.get("exp_avg_sq", first)
     local(places[place]).view(-1)[0] = float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 import re
 import shutil
@@ -18,11 +19,11 @@ from scipy.stats import hypergeom
 from stackpkg import locks
 from stackpkg.data import curriculum
 from stackpkg.runs import as_json, digest, files_below, now, read_json, write_json, write_text
-from stackpkg.training import learned, snapshots, versions
-from stackpkg.training.snapshots import MANIFEST, PROMOTED, flush
+from stackpkg.training import learned, origin, snapshots, versions
+from stackpkg.training.origin import CARD
+from stackpkg.training.snapshots import PROMOTED, flush
 
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
-CARD = "README.md"  # where the hub looks for a model card
 WORSE = 1.02  # a loss on the same rows may be this much higher
 COUNTED = {"precision_at_k": "pairs", "recall_at_k": "pairs", "mrr": "pairs", "ndcg_at_10": "pairs",
            "long_range_accuracy": "long_range_answers"}  # fmt: skip
@@ -32,13 +33,14 @@ CHANCE = 0.01 / len(COUNTED)  # that one of these is refused when nothing change
 def gate(values: Mapping[str, Any], limits: Mapping[str, tuple[str, float]]) -> list[str]:
     """The limits a candidate missed, one line each; empty means it may be promoted.
 
-    `limits` maps a name to (comparison, limit). A value that is missing, null or not a number misses its limit.
+    `limits` maps a name to (comparison, limit). A value that is missing, null or not finite misses its limit:
+    an infinity on the good side of a limit is a broken measure all the same.
     """
     missed = []
     for name, (comparison, limit) in limits.items():
         given = values.get(name)
         value = float("nan") if given is None else float(given)  # strict JSON holds "NaN" as a string
-        if not COMPARE[comparison](value, limit):  # false for NaN as well
+        if not (math.isfinite(value) and COMPARE[comparison](value, limit)):
             missed.append(f"{name} is {value:g}, must be {comparison} {limit:g}")
     return missed
 
@@ -160,13 +162,14 @@ def promote(
     The entry holds the measured `values`, the digests of the artifact, of its weights and of the corpus that the
     snapshot tells, what `learned` asks for, and the versions of its architecture and states. What the registry holds
     already is not entered again: the same refusal, the current version. Raises `ValueError` for a known version with
-    other bytes.
+    other bytes, and as `origin.traced` does, before anything is copied.
     """
     if missed:
         refused = json.loads(as_json({"event": "refused", "version": version, "missed": missed, "values": values}))
         if all(entry | refused != entry for entry in registry(artifacts)["history"]):
             _enter(artifacts, refused, registry(artifacts)["current"])
         return False
+    about = origin.traced(candidate, snapshot) if snapshot else {}
     target, temporary = artifacts / version, artifacts / f".{version}"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a copy that was interrupted
     shutil.copytree(candidate, temporary)
@@ -196,8 +199,8 @@ def promote(
     event: dict[str, Any] = {"event": "promoted", "version": version, "sha256": digest(target), "values": values}
     event |= {"versions": told, "weights": weights(target)}
     if snapshot:
-        about, home = read_json(snapshot / MANIFEST), snapshot.parent
-        marks, step = snapshots.promoted(home), about["step"]
+        home, step = snapshot.parent, about["step"]
+        marks = snapshots.promoted(home)
         marks[step] = [*(given for given in marks.get(step, ()) if given != version), version]
         write_json(home / PROMOTED, {str(at): " ".join(given) for at, given in marks.items()})
         event |= {"data": about["data"], "job": home.name, "step": step}

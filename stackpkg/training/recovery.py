@@ -1,7 +1,8 @@
 """What happens when a step goes wrong: a ladder of rungs, each tried only when the one before did not help.
 
 1 skip        an update whose global gradient norm is not finite, or a spike, is dropped within its step
-2 roll_back   after four in a row that are not finite, or weights that are not: the newest good checkpoint
+2 roll_back   after four in a row of which one is not finite, or weights, moments or an average that are not: the
+              newest good checkpoint
 3 skip_data   it came back at the same place: from the checkpoint again, without the data of those steps
 4 fp32        it came back, in bf16: from the checkpoint again, in fp32 from there to the end
 5 stop        it came back: the job ends with a diagnosis
@@ -13,15 +14,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from stackpkg.data import curriculum
 from stackpkg.runs import now, write_json
 from stackpkg.telemetry.guard import WINDOW, Alert, score
 from stackpkg.training.launch import DIAGNOSIS
+from stackpkg.training.mesh import local
 
 MAX_CONSECUTIVE_SKIPS = 4
 RUNGS = ("skip", "roll_back", "skip_data", "fp32", "stop")
@@ -29,8 +34,8 @@ HISTORY = "ladder.jsonl"
 
 
 class RollBack(FloatingPointError):
-    """Gradients, or weights, were not finite from step `first` to step `last` (from 1), of which `row` is what was
-    measured. Raised on all ranks at once."""
+    """Gradients, weights, moments or an average were not finite from step `first` to step `last` (from 1), of which
+    `row` is what was measured. Raised on all ranks at once."""
 
     def __init__(self, first: int, last: int, row: dict[str, Any] | None = None) -> None:
         super().__init__(f"numbers were not finite from step {first} to {last}")
@@ -45,7 +50,10 @@ class Skips:
     alone. The median absolute deviation is not asked: norms alternate with what a batch carries, so that it is between
     0.01 and 1.8 medians in one sound job. A robust z above 6 drops 14 of 652 sound updates where this rule drops 1, and
     beside a least ratio of 5 or more it decided nothing in ten recorded jobs (`book/log.md`, 29 November 2026).
-    Four spikes in a row are a new level: it is accepted, and the window learns anew.
+    Four spikes in a row, and nothing else among them, are a new level: it is accepted, and the window learns anew. Four
+    dropped updates in a row of which any was not finite (`broken` counts those) are a fault: a norm that is no number
+    says nothing of a level, and a spike between two of them doesn't make them sound. So no job drops more than four
+    in a row, or five where a number that is none follows on four spikes.
     """
 
     def __init__(self, spike: Alert) -> None:
@@ -54,7 +62,7 @@ class Skips:
 
     def check(self, model: nn.Module, norm: Tensor) -> bool:
         """True if the update must be skipped. The norm is global, so all ranks agree without a message."""
-        value, capped = float(norm), self.consecutive >= MAX_CONSECUTIVE_SKIPS
+        value, capped = float(norm), self.consecutive >= MAX_CONSECUTIVE_SKIPS and not self.broken
         bad = not math.isfinite(value)
         if not bad and (capped or score(self.spike, value, self.window) <= float(self.spike.threshold)):
             if capped:
@@ -63,19 +71,20 @@ class Skips:
             self.window.append(value)
             return False
         self.total, self.consecutive = self.total + 1, self.consecutive + 1
-        self.broken = self.broken + 1 if bad else 0
+        self.broken += bad
         for parameter in model.parameters():
             parameter.grad = None
         return True
 
     def judge(self, row: dict[str, Any], step: int) -> None:
         """Raises `RollBack` for what was measured of `step`: weights that are not finite, for where is not seen in a
-        gradient until that number is used; the fourth update in a row that was not, for then it is no single bad batch.
+        gradient until that number is used; the fourth dropped update in a row, unless all of them are spikes, for then
+        it is no single bad batch. The fault is these four.
         """
         if not math.isfinite(row["weight_norm"]):
             raise RollBack(step, step, row)
-        if self.broken >= MAX_CONSECUTIVE_SKIPS:
-            raise RollBack(step - self.broken + 1, step, row)
+        if self.broken and self.consecutive >= MAX_CONSECUTIVE_SKIPS:
+            raise RollBack(step - MAX_CONSECUTIVE_SKIPS + 1, step, row)
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"total": self.total, "consecutive": self.consecutive, "broken": self.broken}
@@ -84,6 +93,18 @@ class Skips:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.consecutive, self.broken = state["total"], state["consecutive"], state["broken"]
         self.window = deque(state["window"], maxlen=WINDOW)
+
+
+def finite(held: Iterable[Any], device: torch.device) -> bool:
+    """Whether every number of these tensors is finite, on all ranks. A collective; all ranks agree. Each tensor is read
+    once and none is copied: where one number is NaN or infinite, the least or the largest of all is."""
+    parts = [part.detach() for each in held if isinstance(each, Tensor) and (part := local(each)).numel()]
+    ends = [end.to(device, torch.double) for part in parts for end in torch.aminmax(part)]
+    bad = torch.zeros((), dtype=torch.int32, device=device)
+    if ends:
+        bad += ~torch.stack(ends).isfinite().all()
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return not bad
 
 
 def history(home: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Case = tuple[str, str, str]  # layout, model, precision
 REFERENCE = "stackpkg"
+TIED = " tied"  # ends the name of a model whose head is its embedding
+PACKAGES = ("torch", "transformers", "accelerate")
 DENSE, USUAL = ("pp", "replicas", "fsdp", "tp"), Layout().pipeline_schedule
 TABLE = Path(__file__).parents[2] / "book" / "support.json"
 # far above rounding, far below any real error; Adam divides a small gradient by its size, and rounding of it too
@@ -63,9 +66,10 @@ LAYOUTS = {name(Layout(**sizes)): sizes for sizes in _TESTED}
 
 
 def cases(models: Iterable[str], dense: Iterable[str]) -> list[Case]:
-    """The whole matrix: expert parallelism for mixtures only, bf16 for the reference model only."""
+    """The whole matrix: expert parallelism for mixtures only, no pipeline for tied embeddings, bf16 for the reference
+    model only."""
     return [*((which, model, "fp32") for which, sizes in LAYOUTS.items() for model in models
-              if sizes["ep"] == 1 or model not in dense),
+              if (sizes["ep"] == 1 or model not in dense) and (sizes["pp"] == 1 or not model.endswith(TIED))),
             *((which, REFERENCE, "bf16") for which in LAYOUTS)]  # fmt: skip
 
 
@@ -74,16 +78,32 @@ def case(row: dict[str, Any]) -> Case:
     return row["layout"], row["model"], row["precision"]
 
 
+def versions() -> dict[str, str]:
+    """What is installed of the packages that a row depends on."""
+    return {package: metadata.version(package) for package in PACKAGES}
+
+
+def changed(measured: dict[str, str]) -> str:
+    """Which packages are installed in another version than the table is of, in words; empty where none is. A label such
+    as `+cpu` says how torch was built; the version before it is compared."""
+    here, labelled = versions(), "{} {}, measured with {}".format
+    return "; ".join(
+        labelled(package, here[package], measured.get(package, "none"))
+        for package in PACKAGES
+        if here[package].partition("+")[0] != measured.get(package, "").partition("+")[0]
+    )
+
+
 def write(rows: list[dict[str, Any]]) -> None:
     """Put rows into the table, which is of one set of versions: rows of others go."""
-    versions = {package: metadata.version(package) for package in ("torch", "transformers", "accelerate")}
+    here = versions()
     old = runs.read_json(TABLE) if TABLE.exists() else {}
     new = {case(row) for row in rows}
-    kept = old["rows"] if old.get("versions") == versions else []
+    kept = old["rows"] if old.get("versions") == here else []
     rows = [*(row for row in kept if case(row) not in new), *rows]
     order = list(LAYOUTS)
     rows = sorted((row for row in rows if row["layout"] in order), key=lambda row: order.index(row["layout"]))
-    runs.write_json(TABLE, {"versions": versions, "limits": LIMITS, "rows": rows})
+    runs.write_json(TABLE, {"versions": here, "limits": LIMITS, "rows": rows})
 
 
 def holds(row: dict[str, Any]) -> bool:
@@ -117,7 +137,10 @@ def _check_experts(config: PreTrainedConfig, layout: Layout) -> None:
 def check(p: Params) -> None:
     """Raises `ValueError` for a (layout, model) that the table does not hold, with the nearest one that it does, and
     for a model that can't be cut into the pipeline stages asked for, or whose experts bf16 can't multiply. In bf16 the
-    layout has to hold with the reference model as well.
+    layout has to hold with the reference model as well, with tied embeddings with a model that has them.
+
+    Where the table is of other versions it warns, and does not refuse: the package allows their patch releases, and the
+    matrix takes hours to measure again, which a machine that is to train may not have.
     """
     if p.layout.processes == 1:
         return
@@ -129,18 +152,28 @@ def check(p: Params) -> None:
         stages.check(config, p.layout)
     if p.training.precision == "bf16":
         _check_experts(config, p.layout)
-    wanted, model = kinds(p.layout), config.model_type
-    rows = [row for row in runs.read_json(TABLE)["rows"] if holds(row)]
+    wanted, model, table = kinds(p.layout), config.model_type, runs.read_json(TABLE)
+    if others := changed(table["versions"]):
+        warnings.warn(
+            f"the table of layouts is of other versions: {others}. Measure it again: "
+            "python -m stackpkg.training.parity",
+            stacklevel=2,
+        )
+    rows = [row for row in table["rows"] if holds(row)]
     tested = [(kinds(Layout(**LAYOUTS[row["layout"]])), row) for row in rows]
     in_bf16 = [found for found, row in tested if row["precision"] == "bf16"]
     exact = p.training.precision == "fp32"
     tested = [(found, row) for found, row in tested if row["precision"] == "fp32" and (exact or found in in_bf16)]
-    if any(found == wanted and row["model"] == model for found, row in tested):
-        return
-    # nearest: the same model on the fewest other ways of spreading; else the same layout of another model
-    _, near = min(tested, key=lambda item: (item[1]["model"] != model, len(item[0] ^ wanted), item[1]["processes"]))
-    raise ValueError(
-        f"layout {name(p.layout)} was not tested with {model} in {p.training.precision}, or does not compute what one "
-        f"process does; nearest that holds: {near['layout']} with {near['model']} ({near['processes']} "
-        "processes). Change `layout`, or add the case and run python -m stackpkg.training.parity"
-    )
+    asked: dict[str, Callable[[str], bool]] = {model: lambda name: name == model}
+    if getattr(config, "tie_word_embeddings", False):
+        asked["tied embeddings"] = lambda name: name.endswith(TIED)
+    for what, meant in asked.items():
+        if any(found == wanted and meant(row["model"]) for found, row in tested):
+            continue
+        # nearest: the same model on the fewest other ways of spreading; else the same layout of another model
+        _, near = min(tested, key=lambda at: (not meant(at[1]["model"]), len(at[0] ^ wanted), at[1]["processes"]))
+        raise ValueError(
+            f"layout {name(p.layout)} was not tested with {what} in {p.training.precision}, or does not compute what "
+            f"one process does; nearest that holds: {near['layout']} with {near['model']} ({near['processes']} "
+            "processes). Change `layout`, or add the case and run python -m stackpkg.training.parity"
+        )

@@ -35,14 +35,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_oss": _COMMON | {"head_dim": 8, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2,
                           "sliding_window": 16},
 }  # fmt: skip
-DENSE = ("llama", "qwen3")
+MODELS |= {model + support.TIED: MODELS[model] | {"tie_word_embeddings": True} for model in ("stackpkg", "llama")}
+DENSE = ("llama", "qwen3", "llama" + support.TIED)
 
 
 def profile(model: str, sizes: dict[str, Any], every_steps: int = STEPS, **training: Any) -> Params:
     """All objectives of the default profile from the first step on, in two micro-batches."""
-    config = MODELS[model]
+    config, kind = MODELS[model], model.removesuffix(support.TIED)
     stack = {"kind": "stack", "config": config}
-    auto = {"kind": "auto", "config": {"model_type": model, **config}}
+    auto = {"kind": "auto", "config": {"model_type": kind, **config}}
     ramps: dict[str, Any] = {"ramp_steps": {}, "norms_every": 0, "z_loss": 0.001, "preference": 0.1}
     values: dict[str, Any] = {
         "data": {
@@ -54,7 +55,7 @@ def profile(model: str, sizes: dict[str, Any], every_steps: int = STEPS, **train
         "curriculum": [{"steps": STEPS, "context": 64, "long_range": 0.25, "preferences": 1.0, "conversations": 1.0}],
         "auxiliary": {"pairs": 80, "query_tokens": 8, "document_tokens": 16, "long_range_tasks": 32,
                       "conversations": 32, "conversation_tokens": 192},
-        "model": stack if model == "stackpkg" else auto,
+        "model": stack if kind == "stackpkg" else auto,
         "objectives": ramps,
         "optimization": {"learning_rate": 1e-3, "warmup_steps": 1, "floor": 1e-4, "ema_decay": 0.9},
         "training": {"batch_tokens": 1024, "accumulation": 2, "epoch_steps": STEPS} | training,

@@ -21,7 +21,7 @@ from stackpkg.data import curriculum, manifest, tokenizer, words
 from stackpkg.data.provenance import passed_over
 from stackpkg.data.stream import Stream
 from stackpkg.params import Params
-from stackpkg.runs import memory_gib, now, read_json, write_json
+from stackpkg.runs import digest, files_below, memory_gib, now, read_json, write_json
 from stackpkg.telemetry import receivers, rows
 from stackpkg.telemetry.guard import Guard
 from stackpkg.training import attempts, hang, layout, recovery, running, snapshots, stop
@@ -189,7 +189,10 @@ def _attempt(
         "skipped_updates": trainer.skips.total,
         "ema_updates": trainer.ema.updates,
     }
-    dist.barrier()
+    if rank == 0:  # what a promotion holds them to
+        written = [path for name in ("final", "final_ema") for path in files_below(home / name)]
+        summary["files"] = {path.relative_to(home).as_posix(): digest(path) for path in written}
+    meet()
     if rank == 0:
         rows.compact(folder / "telemetry" / job["name"])
         write_json(home / "done.json", summary | {"at": now()})
