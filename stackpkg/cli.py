@@ -84,7 +84,7 @@ def launch(
         stop(stopped, AGAIN if stopped.reason == TERMINATED else 1)
     except (OSError, RuntimeError, ValueError) as error:  # what is missing, what failed, or what to run by hand
         stop(error)
-    typer.echo("  ".join(f"{name} {value}" for name, value in done.items()))
+    typer.echo("  ".join(f"{name} {value}" for name, value in done.items() if name != "files"))
 
 
 @app.command("params")

@@ -23,6 +23,7 @@ from stackpkg.objectives import Composer, routing
 from stackpkg.params import Params, Snapshots
 from stackpkg.runs import RunFolder, digest, read_json, write_json
 from stackpkg.training import checkpoint, snapshots, versions
+from stackpkg.training.recovery import RollBack
 from stackpkg.training.saving import Cadence, SaveFailed, Saver, Writer
 
 lab = test_training.lab  # the same tiny run
@@ -89,6 +90,23 @@ def test_a_full_disk_ends_the_job_and_the_checkpoint_before_stays(alone: Path, m
     saver.begin(3, state, None)
     saver.wait()
     assert list(snapshots.listed(alone)) == [1, 3]
+
+
+def test_a_state_that_is_not_finite_is_no_snapshot_and_rolls_back_to_the_one_before(alone: Path) -> None:
+    saver, state = Saver(alone, Snapshots(), ABOUT, []), {"weight": torch.ones(10), "moment": torch.ones(10)}
+    for step in (1, 3):
+        small(saver, step)
+        saver.begin(step, state, None)
+        saver.staged()
+    state["moment"][7] = float("inf")
+    small(saver, 6)
+    saver.begin(6, state, None)
+    saver.settle()
+    assert saver.failed
+    with pytest.raises(RollBack) as raised:
+        saver.wait()
+    assert (raised.value.first, raised.value.last) == (4, 6) and not saver.partial.exists()
+    assert snapshots.latest(alone) == (alone / "checkpoint-3", [])
 
 
 def step_end(cadence: Cadence) -> bool:

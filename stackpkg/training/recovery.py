@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from stackpkg.data import curriculum
@@ -95,16 +94,11 @@ class Skips:
         self.window = deque(state["window"], maxlen=WINDOW)
 
 
-def finite(held: Iterable[Any], device: torch.device) -> bool:
-    """Whether every number of these tensors is finite, on all ranks. A collective; all ranks agree. Each tensor is read
-    once and none is copied: where one number is NaN or infinite, the least or the largest of all is."""
-    parts = [part.detach() for each in held if isinstance(each, Tensor) and (part := local(each)).numel()]
-    ends = [end.to(device, torch.double) for part in parts for end in torch.aminmax(part)]
-    bad = torch.zeros((), dtype=torch.int32, device=device)
-    if ends:
-        bad += ~torch.stack(ends).isfinite().all()
-    dist.all_reduce(bad, dist.ReduceOp.MAX)
-    return not bad
+def finite(held: Iterable[Any]) -> bool:
+    """Whether every number that this rank holds of these tensors is finite. Each is read once and none is copied: where
+    one number is NaN or infinite, the least or the largest of all is."""
+    parts = (part.detach() for each in held if isinstance(each, Tensor) and (part := local(each)).numel())
+    return all(bool(end.isfinite()) for part in parts for end in torch.aminmax(part))
 
 
 def history(home: Path) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ class Resumable(Trainer):
     measuring: Measuring
     rows: RowWriter
     _told: dict[str, Any]  # the row of the last step
+    _saved: dict[str, Any]  # that of the last snapshot's
 
     def saves(self, about: dict[str, Any], faults: list[dict[str, Any]]) -> None:
         """Once, before training: what the manifests say, and the drills."""
@@ -51,6 +52,7 @@ class Resumable(Trainer):
         self.cadence = Cadence(self.saver)
         self.add_callback(self.cadence)
         self._drawn: str | None = None
+        self._saved = {}
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saver.partial)  # below it Trainer makes checkpoint-N
@@ -78,6 +80,7 @@ class Resumable(Trainer):
         self.rows.settle()
         self.saver.wait()
         super()._save_checkpoint(model, trial)
+        self._saved = self._told
         self.saver.begin(step, checkpoint.tensors(self.network, self.optimizer.optimizer, self.ema), loss)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

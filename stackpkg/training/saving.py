@@ -8,12 +8,13 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -28,6 +29,7 @@ from stackpkg.params import Snapshots
 from stackpkg.runs import now, write_json
 from stackpkg.training import snapshots
 from stackpkg.training.faults import meant
+from stackpkg.training.recovery import RollBack, finite
 from stackpkg.training.stop import FILE, SAVE
 
 SILENT = timedelta(minutes=30)  # a rank that writes nothing for longer is taken for dead
@@ -46,6 +48,10 @@ class Writer(dcp.FileSystemWriter):
         self.partial, self.about, self.keep, self.killed = partial, about, keep, killed
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        # An infinite second moment is seen in no gradient and in no weight: it holds a weight where it is. Looked for
+        # in the copy, nobody waits for it.
+        if not finite(cast(DefaultSavePlanner, planner).state_dict.values()):
+            raise FloatingPointError("a weight, a moment or an average is not finite")
         written, rank = super().write_data(plan, planner), dist.get_rank()
         mine = {self.partial / "dcp" / result.storage_data.relative_path for result in written.value()}
         drawn = self.partial / (f"rng_state_{rank}.pth" if dist.get_world_size() > 1 else "rng_state.pth")  # of Trainer
@@ -86,6 +92,7 @@ class Saver:
         how = {"use_pinned_memory": cuda, "use_shared_memory": False, "use_non_blocking_copy": cuda}
         self.stager = Stager(StagingOptions(use_async_staging=True, **how))
         self._step, self._under_way, self.waiting = 0, list[AsyncSaveResponse](), False
+        self.sound = 0  # the step of the last snapshot
 
     def begin(self, step: int, tensors: dict[str, Any], loss: float | None) -> None:
         """A collective: save `tensors` and the small files that lie in `partial/checkpoint-N` already. Returns before
@@ -122,7 +129,9 @@ class Saver:
         return any(s.upload_completion.done() and s.upload_completion.exception() for s in self._under_way)
 
     def wait(self) -> None:
-        """A collective: until the save under way has ended on all ranks. Raises `SaveFailed` on all of them."""
+        """A collective: until the save under way has ended on all ranks. Raises `SaveFailed` on all of them; and
+        `RollBack` where a number of the state was not finite, for the steps since the snapshot before: in which of them
+        it became so is not known."""
         if not self._under_way:
             return
         (save,), self._under_way = self._under_way, []
@@ -130,19 +139,25 @@ class Saver:
         self.waiting = True
         dist.all_gather_object(told, _reason(save.upload_completion.exception()))
         self.waiting = False
-        if any(told):
-            if dist.get_rank() == 0:
-                shutil.rmtree(self.partial, ignore_errors=True)
-            why = next(filter(None, told))
-            raise SaveFailed(f"checkpoint-{self._step} was not saved, those before it are as they were: {why}")
+        if not any(told):
+            self.sound = self._step
+            return
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if any(why and why[0] for why in told):
+            raise RollBack(self.sound + 1, self._step)
+        _, why = next(filter(None, told))
+        raise SaveFailed(f"checkpoint-{self._step} was not saved, those before it are as they were: {why}")
 
 
-def _reason(error: BaseException | None) -> str | None:
-    """The first thing that went wrong, in a line."""
+def _reason(error: BaseException | None) -> tuple[bool, str] | None:
+    """Whether numbers were not finite on any rank, and the first thing that went wrong, in a line."""
     if isinstance(error, CheckpointException):
-        rank, (error, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {type(error).__name__}: {error}"
-    return f"{type(error).__name__}: {error}" if error else None
+        found = {rank: each for rank, (each, _) in error.failures.items()}
+        rank, first = next(iter(found.items()))
+        broken = any(isinstance(each, FloatingPointError) for each in found.values())
+        return broken, f"rank {rank}: {type(first).__name__}: {first}"
+    return (False, f"{type(error).__name__}: {error}") if error else None
 
 
 def _settled(state: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from stackpkg.training.loader import RankBatches, StreamDataset, Timed, collate
 from stackpkg.training.measuring import Measuring
 from stackpkg.training.mesh import Mesh
 from stackpkg.training.optim import optimizer
-from stackpkg.training.recovery import RUNGS, RollBack, Skips, finite
+from stackpkg.training.recovery import RUNGS, RollBack, Skips
 from stackpkg.training.reporting import Reporting
 from stackpkg.training.steploss import StepLoss
 
@@ -80,7 +80,6 @@ class StackTrainer(Reporting):
         about = model, p, mesh, stream, self.loss, self.rows, guard, folder / "telemetry" / f"{name}.events.jsonl"
         self.measuring = Measuring(*about, self.args.device)
         self._update_skipped, self._row, self._told = False, dict[str, Any](), dict[str, Any]()
-        self._vouched = 0  # the step of the last snapshot
         known = stream.manifest_digest, model.config.to_dict(), folder / "artifacts"
         self.saves(versions.describe(p, name, attempt, *known), faults)
 
@@ -174,7 +173,6 @@ class StackTrainer(Reporting):
             self.control.should_save = due
             self.cadence.agree(self.state, self.control, self.args.device)
             if self.control.should_save:
-                self._vouch()
                 self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         if self.control.should_training_stop or self.state.global_step == self.args.max_steps:
@@ -190,17 +188,6 @@ class StackTrainer(Reporting):
         row |= {"update_skipped": int(self._update_skipped), "recovery_rung": rung}
         self.skips.judge(row, step)
         return row
-
-    def _vouch(self) -> None:
-        """Before each snapshot, so that none holds a moment or an average that is not finite: an infinite second moment
-        is seen in no gradient and in no weight, it holds a weight where it is. Raises `RollBack` on all ranks for the
-        steps since the snapshot before, for in which of them it became so is not known."""
-        step, states = self.state.global_step, self.optimizer.optimizer.state.values()
-        held = [*self.ema.shadow.values(), *(value for state in states for value in state.values())]
-        if not finite(held, self.args.device):
-            row = {name: value for name, value in self._told.items() if name not in (*KEY, "ranks", "time")}
-            raise RollBack(self._vouched + 1, step, row | {"nonfinite": 1})
-        self._vouched = step
 
     def _write_row(self) -> None:
         """Once a step, after its evaluation if it has one and before its checkpoint: no saved step lacks its row."""
@@ -228,9 +215,11 @@ class StackTrainer(Reporting):
 
     def break_off(self, fault: RollBack, rung: int) -> None:
         """The row of the step in which this attempt broke off, for `rung`. The next attempt tells of it in its first
-        row; where none follows, this one does."""
-        known = fault.row | {"update_skipped": 1, "recovery_rung": rung}
-        row = self.rows.write(fault.last, self.measuring.later, **known)
+        row; where none follows, this one does. A fault that was found in a snapshot has no row: that of its step is
+        told again."""
+        saved = {name: value for name, value in self._saved.items() if name not in (*KEY, "ranks", "time")}
+        measured, later = (fault.row, self.measuring.later) if fault.row else (saved | {"nonfinite": 1}, {})
+        row = self.rows.write(fault.last, later, **measured | {"update_skipped": 1, "recovery_rung": rung})
         if self.rank == 0 and RUNGS[rung - 1] == "stop":
             self.guard.forget("TrainRolledBack")  # of the rung before
             self._alerts(row)
@@ -270,7 +259,7 @@ class StackTrainer(Reporting):
     # ---- decisions about the data still to come
     def _begin(self) -> int:
         """The step this attempt begins at. Records whose time may end before a launch must end are withdrawn now."""
-        self._vouched = self.state.global_step
+        self.saver.sound = self.state.global_step
         self._decide(self.state.global_step, None)
         return self.state.global_step
 
