@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@echo "make run    the dry run on real text, sealed, and its book (PROFILE=params/smoke.yaml for a quick one)"
 	@echo "make test   lint, types and the whole test suite, notebooks included"
-	@echo "make slow   what takes long: every layout, fault, golden loss and runbook command (an hour and more)"
+	@echo "make slow   what takes long: every layout, fault, golden loss and runbook command (hours)"
 	@echo "make lab    JupyterLab on the notebooks"
 	@echo "make book   the book of the run that PROFILE names"
 	@echo "make clean  remove the environment, caches and built books; runs in outbox/ stay"

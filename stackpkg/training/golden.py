@@ -1,4 +1,4 @@
-"""Golden losses: a hundred steps in each of a few layouts, committed to the last bit, computed again and compared.
+"""Golden losses: a hundred steps in each tested layout, committed to the last bit, computed again and compared.
 
     python -m stackpkg.training.golden [LAYOUT ...]                   # exit 1 where a number differs
     python -m stackpkg.training.golden [LAYOUT ...] --bless "why"     # these numbers are the right ones from now on
@@ -27,10 +27,7 @@ from stackpkg.training import launch, reproducibility, support, tiny
 
 FOLDER = Path(__file__).parents[2] / "tests/golden_losses"
 STEPS, SERIES = 100, ("loss", "grad_norm")
-LAYOUTS = (
-    "one process", "fsdp2", "replicas2", "tp2", "fsdp2 + ep2", "tp2 + ep2", "fsdp2 x tp2", "pp2", "pp2 gpipe",
-    "pp2 x fsdp2",
-)  # fmt: skip
+LAYOUTS = ("one process", *support.LAYOUTS)
 NAN = {"kind": "nan_gradient", "step": 40, "rank": 0}
 KILL = {"kind": "kill", "step": 71, "rank": 1, "attempt": 1}
 # Another processor or version rounds otherwise, and a hundred steps make more of it: this is all that is asked there.
@@ -41,9 +38,9 @@ WORDS = ("order", "token", "shard", "stream", "window", "record", "licence", "ma
 def profile(layout: str) -> Params:
     """The job of a layout: all of it but the layout is the same for all."""
     sizes = {} if layout == "one process" else support.LAYOUTS[layout]
-    p = tiny.profile("stackpkg", sizes, batch_tokens=512, epoch_steps=50, deterministic=True).model_dump(mode="json")
+    p = tiny.profile("stackpkg", sizes, batch_tokens=1024, epoch_steps=50, deterministic=True).model_dump(mode="json")
     rides = {"long_range": 0.25, "retrieval": 0.5, "preferences": 0.5, "conversations": 0.5}
-    p["model"]["config"] |= {"num_hidden_layers": 2, "retrieval": False}
+    p["model"]["config"] |= {"retrieval": False}
     p["curriculum"] = [{"steps": 60, "context": 64, **rides}, {"steps": 40, "context": 128, **rides}]
     p["data"]["sources"] = [{"kind": "folder", "path": "outbox/.golden/text"}]
     p["data"] |= {"vocab_size": 400, "ttl_seconds": 10**11}  # no record ever ends
