@@ -120,7 +120,7 @@ def test_a_ratio_drops_fewer_sound_updates_than_a_robust_z() -> None:
     norms = [norm for norm in map(float.fromhex, recorded) if math.isfinite(norm)]
     robust = SPIKE.model_copy(update={"comparison": "robust_z_above", "threshold": 6.0})
     dropped = [sum(told(norms, Skips(rule))[0]) for rule in (SPIKE, robust)]
-    assert dropped[0] <= 1 < 10 < dropped[1]
+    assert 3 * dropped[0] < dropped[1] and dropped[0] < 5, dropped
     for rule in (SPIKE, robust):
         for at in range(10, len(norms), 9):
             hundredfold = [norm * (100 if step == at else 1) for step, norm in enumerate(norms)]

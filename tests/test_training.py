@@ -138,6 +138,7 @@ def others(lab: RunFolder, spread: dict[str, Any]) -> dict[str, dict[str, Any]]:
     write_json(lab / "checkpoints/narrow/job.json", spec)
     deaf = profile(1).model_dump(mode="json")  # evaluates each step, and asks for what so short a run can't reach
     deaf["training"]["epoch_steps"], deaf["evaluation"]["min_precision_at_k"] = 1, 1.0
+    deaf["retrieval"]["sigma_min"] = 0.05  # so that something is read, whatever the words of this package are
     llama = Job(profile(1, kind="auto", config=LLAMA), steps=2)
     return run(lab, narrow=narrow, llama=llama, deaf=Job(params.validate(deaf), steps=5))
 
@@ -365,6 +366,7 @@ def test_decisions_are_recorded_once_and_a_resume_repeats_them(decided: RunFolde
 def test_retrieval_is_switched_off_by_its_alert_and_stays_off_in_the_checkpoint_and_the_result(lab, others) -> None:
     reports = [read_json(lab.path / f"eval/deaf/epoch_{epoch:03d}.json") for epoch in range(1, 6)]
     assert max(report["precision_at_k"] for report in reports) < 1
+    assert all(report["guard"]["accepted"] for report in reports)
     assert [report["guard"]["on"] for report in reports] == [True] * 3 + [False] * 2  # after three low evaluations
     assert all("no sigma_min" in report["guard"]["calibration"]["failed"] for report in reports[3:])
     assert not any("calibration" in report["guard"] for report in reports[:3])
