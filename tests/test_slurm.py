@@ -102,7 +102,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def profile(scheduler: str) -> Params:
-    p = tiny.profile("llama", {"processes": 2, "fsdp": 2, "timeout_minutes": 60.0}, every_steps=1000)
+    p = tiny.profile("llama", {"processes": 2, "fsdp": 2, "timeout_minutes": 60.0}, every_steps=1000, epoch_steps=1000)
     values = p.model_dump(mode="json") | {"run": "slurm"}
     values["curriculum"][0]["steps"] = STEPS
     return params.validate(values | {"cluster": {"scheduler": scheduler, "partition": "train", "grace_seconds": 30}})
