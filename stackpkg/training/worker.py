@@ -189,11 +189,9 @@ def _attempt(
         "skipped_updates": trainer.skips.total,
         "ema_updates": trainer.ema.updates,
     }
-    if rank == 0:  # what a promotion holds them to
-        written = [path for name in ("final", "final_ema") for path in files_below(home / name)]
-        summary["files"] = {path.relative_to(home).as_posix(): digest(path) for path in written}
-    meet()
     if rank == 0:
+        written = [path for name in snapshots.ENDS for path in files_below(home / name)]  # a promotion holds them to it
+        summary["files"] = {path.relative_to(home).as_posix(): digest(path) for path in written}
         rows.compact(folder / "telemetry" / job["name"])
         write_json(home / "done.json", summary | {"at": now()})
         print(f"[{job['name']}] done: {trainer.state.global_step} steps", flush=True)
