@@ -510,6 +510,19 @@ def test_a_job_of_kubernetes_is_there_until_it_is_complete_or_has_failed(
     assert clusters.alive(p, "job") == there
 
 
+def test_a_job_of_this_name_that_was_not_submitted_from_here_is_left_alone(kubectl: Path, folder: RunFolder) -> None:
+    """A namespace is shared: it may be a colleague's, who has the same run and profile."""
+    p, home = profile(KUBERNETES, nodes=1, processes=1, fsdp=1), folder.path / "checkpoints/job"
+    write_text(kubectl / "kubernetes.json", json.dumps({"kind": "Job", "status": JOBS["running"]}))
+    with pytest.raises(ValueError, match=f"has {clusters.name_of(p, 'job')}, from another profile: wait, or cancel"):
+        launch.launch("job", p, folder)
+    runs.write_json(home / "job.json", launch.describe("job", p, folder, p.max_steps, []))
+    with pytest.raises(ValueError, match=f"another job called {clusters.name_of(p, 'job')}: wait for it, or cancel it"):
+        launch.launch("job", p, folder)
+    assert {line.split()[0] for line in (kubectl / "kubectl.log").read_text().splitlines()} == {"get"}
+    assert not (home / "submitted.json").exists()
+
+
 def test_a_job_of_kubernetes_is_replaced_followed_and_told_of(
     kubectl: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
