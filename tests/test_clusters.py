@@ -512,7 +512,8 @@ def test_a_job_of_kubernetes_is_there_until_it_is_complete_or_has_failed(
 
 def test_a_job_of_this_name_that_was_not_submitted_from_here_is_left_alone(kubectl: Path, folder: RunFolder) -> None:
     """A namespace is shared: it may be a colleague's, who has the same run and profile."""
-    p, home = profile(KUBERNETES, nodes=1, processes=1, fsdp=1), folder.path / "checkpoints/job"
+    p = profile(KUBERNETES, nodes=1, processes=1, fsdp=1, timeout_minutes=0.1)
+    home = folder.path / "checkpoints/job"
     write_text(kubectl / "kubernetes.json", json.dumps({"kind": "Job", "status": JOBS["running"]}))
     with pytest.raises(ValueError, match=f"has {clusters.name_of(p, 'job')}, from another profile: wait, or cancel"):
         launch.launch("job", p, folder)
