@@ -197,7 +197,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on() -> None:
 @given(st.lists(st.sampled_from([1.0, 1.1, 30.0, 500.0, NAN, math.inf]), max_size=60))
 def test_any_sequence_of_norms_is_skipped_accepted_or_rolled_back(norms: list[float]) -> None:
     """No number that is none is ever accepted, no spike but the fifth of five in a row, and no fifth update is lost
-    without a fault."""
+    without a fault, though the job is resumed at every step."""
     model = torch.nn.Linear(1, 1)
     skips, run = Skips(SPIKE), list[float]()
     for step, value in enumerate([1.0] * 12 + norms, 1):
@@ -210,9 +210,8 @@ def test_any_sequence_of_norms_is_skipped_accepted_or_rolled_back(norms: list[fl
             assert math.isfinite(value) and (level or not spike)
             run.clear()
         assert skips.consecutive == len(run) and all(map(math.isfinite, skips.window))
-        resumed = Skips(SPIKE)
-        resumed.load_state_dict(skips.state_dict())
-        assert resumed.state_dict() == skips.state_dict()
+        saved, skips = skips.state_dict(), Skips(SPIKE)
+        skips.load_state_dict(saved)
         if len(run) >= MAX_CONSECUTIVE_SKIPS and not all(map(math.isfinite, run)):
             with pytest.raises(RollBack) as raised:
                 skips.judge(MEASURED, step)
