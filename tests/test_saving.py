@@ -64,6 +64,22 @@ def test_what_is_saved_is_the_state_of_its_step(alone: Path) -> None:
     assert not list(saver.partial.iterdir())
 
 
+def test_a_rank_flushes_all_that_it_wrote_and_rank_0_the_rest(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of its generators too: `Trainer` writes it, and on a disk that nodes share another can't flush it."""
+    saver, seen, vouch = Saver(alone, Snapshots(), ABOUT, []), list[str](), snapshots.vouch
+
+    def watched(checkpoint: Path, rank: int, paths: list[Path]) -> None:
+        seen.extend(path.relative_to(checkpoint).as_posix() for path in paths)
+        vouch(checkpoint, rank, paths)
+
+    monkeypatch.setattr(snapshots, "vouch", watched)
+    small(saver, 1)
+    (saver.partial / "checkpoint-1/rng_state.pth").write_bytes(b"draws")
+    saver.begin(1, {"weight": torch.ones(10)}, None)
+    saver.wait()
+    assert seen == ["dcp/__0_0.distcp", "rng_state.pth"]
+
+
 def test_a_full_disk_ends_the_job_and_the_checkpoint_before_stays(alone: Path, monkeypatch) -> None:
     saver, state = Saver(alone, Snapshots(), ABOUT, []), {"weight": torch.ones(10)}
     small(saver, 1)
