@@ -212,6 +212,7 @@ def test_any_sequence_of_norms_is_skipped_accepted_or_rolled_back(norms: list[fl
         assert skips.consecutive == len(run) and all(map(math.isfinite, skips.window))
         saved, skips = skips.state_dict(), Skips(SPIKE)
         skips.load_state_dict(saved)
+        assert skips.state_dict() == saved
         if len(run) >= MAX_CONSECUTIVE_SKIPS and not all(map(math.isfinite, run)):
             with pytest.raises(RollBack) as raised:
                 skips.judge(MEASURED, step)

@@ -64,7 +64,7 @@ def test_what_is_saved_is_the_state_of_its_step(alone: Path) -> None:
     assert not list(saver.partial.iterdir())
 
 
-def test_a_rank_flushes_all_that_it_wrote_and_rank_0_the_rest(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_vouches_for_all_that_it_wrote(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of its generators too: `Trainer` writes it, and on a disk that nodes share another can't flush it."""
     saver, seen, vouch = Saver(alone, Snapshots(), ABOUT, []), list[str](), snapshots.vouch
 
